@@ -1,0 +1,1 @@
+"""Evaluation: checkpoint + shards -> numbers with their protocol -> report."""

@@ -1,0 +1,1 @@
+"""Offline extractors: raw pictures and recordings become shards of features."""

@@ -1,0 +1,1 @@
+"""Backends: the networks behind each extractor, imported only when asked for."""

@@ -1,0 +1,1 @@
+"""Sources: each file reads one corpus layout as items."""

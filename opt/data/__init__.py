@@ -1,0 +1,1 @@
+"""Data: records in shards, drawn as samples, planned into batches."""

@@ -1,0 +1,154 @@
+"""The contract of the data: what is stored (Record), what is drawn (Sample), checked at the border.
+
+    Record  one file in a shard: pictures of one key and every narration of them. Features are stored once however many
+            captions share them.
+    Sample  a record with one narration chosen: what one row of a batch is made of.
+
+Missing is absent (None, or an empty tuple), never zeros. Shape legend: R regions, T frames, D feature width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CODE_GRID = (8, 8)
+"""Rows and columns of the stored image codes (64 x 64 pixels, 8 x down; OPT section 4.6)."""
+
+
+class RecordError(ValueError):
+    """A record breaks the contract; the message names the field, the rule and the value."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the extractors saw it.
+
+    regions (R, D) float16: detector features after the box head, best score first.
+    boxes (R, 4) float32: x1 y1 x2 y2 over picture width and height, in [0, 1].
+    classes (R,) int16: the detector's class of each region (hard pseudo-label of MRC, opt-spec Eq. 5).
+    scores (R,) float32: the detector's confidence, in [0, 1].
+    codes (8, 8) int16: image codes of the 64 x 64 picture, row by row.
+    jpeg: the resized picture as an encoded file, for patch systems and for looking.
+    width, height: pixels of the original picture.
+    """
+
+    width: int
+    height: int
+    regions: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    classes: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    codes: np.ndarray | None = None
+    jpeg: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Narration:
+    """One telling of the picture: words, sound, or both.
+
+    caption: the words as the source gives them; None when there are none.
+    speech (T, D) float16: speech features at `frame_rate` frames a second; None when there is no recording.
+    seconds: duration of the recording; 0.0 without one.
+    """
+
+    narration_id: str
+    caption: str | None = None
+    speech: np.ndarray | None = None
+    frame_rate: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything stored under one key. Keys hold no dots or slashes: WebDataset splits names there."""
+
+    key: str
+    pictures: tuple[Picture, ...] = ()
+    narrations: tuple[Narration, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record with one narration chosen (`narration` is its number, -1 when the record has none)."""
+
+    key: str
+    pictures: tuple[Picture, ...] = ()
+    narration: int = -1
+    narration_id: str = ""
+    caption: str | None = None
+    speech: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of samples in their stored form, one entry a sample: what a system's `cost` turns into tokens.
+
+    words: whitespace words and punctuation marks of the caption, a lower estimate of its tokens; 0 when absent.
+    regions, frames, codes: 0 when absent. All int64 (B,).
+    """
+
+    words: np.ndarray
+    regions: np.ndarray
+    frames: np.ndarray
+    codes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+def check(record: Record) -> Record:
+    """The record itself when it keeps the contract, else RecordError. Called by the writer and by deep verification."""
+    if not record.key or set(record.key) & set("./\\") or record.key != record.key.strip():
+        raise RecordError(f"key {record.key!r}: must be non-empty and hold no dot, slash or outer space")
+    if not record.pictures and not record.narrations:
+        raise RecordError(f"record {record.key!r}: holds neither a picture nor a narration")
+    for number, picture in enumerate(record.pictures):
+        _check_picture(f"record {record.key!r}, picture {number}", picture)
+    for number, narration in enumerate(record.narrations):
+        _check_narration(f"record {record.key!r}, narration {number}", narration)
+    return record
+
+
+def _check_picture(where: str, picture: Picture) -> None:
+    if picture.width < 1 or picture.height < 1:
+        raise RecordError(f"{where}: size {picture.width} x {picture.height} is not a picture")
+    together = [picture.regions, picture.boxes, picture.classes, picture.scores]
+    if any(field is None for field in together) and any(field is not None for field in together):
+        raise RecordError(f"{where}: regions, boxes, classes and scores come together or not at all")
+    if picture.regions is not None:
+        assert picture.boxes is not None and picture.classes is not None and picture.scores is not None
+        count = len(picture.regions)
+        _check_array(f"{where}, regions", picture.regions, np.float16, (count, None))
+        _check_array(f"{where}, boxes", picture.boxes, np.float32, (count, 4))
+        _check_array(f"{where}, classes", picture.classes, np.int16, (count,))
+        _check_array(f"{where}, scores", picture.scores, np.float32, (count,))
+        if count and (picture.boxes.min() < 0 or picture.boxes.max() > 1):
+            raise RecordError(f"{where}, boxes: must lie in [0, 1], got {picture.boxes.min()} to {picture.boxes.max()}")
+    if picture.codes is not None:
+        _check_array(f"{where}, codes", picture.codes, np.int16, CODE_GRID)
+        if picture.codes.min() < 0:
+            raise RecordError(f"{where}, codes: must not be negative, got {picture.codes.min()}")
+
+
+def _check_narration(where: str, narration: Narration) -> None:
+    if narration.caption is None and narration.speech is None:
+        raise RecordError(f"{where}: holds neither caption nor speech")
+    if narration.caption is not None and not narration.caption.strip():
+        raise RecordError(f"{where}: an empty caption must be absent (None)")
+    if narration.speech is not None:
+        _check_array(f"{where}, speech", narration.speech, np.float16, (None, None))
+        if len(narration.speech) == 0:
+            raise RecordError(f"{where}, speech: no frames must be absent (None)")
+        if narration.frame_rate <= 0:
+            raise RecordError(f"{where}: speech needs a frame rate, got {narration.frame_rate}")
+
+
+def _check_array(where: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:
+    if array.dtype != dtype:
+        raise RecordError(f"{where}: dtype must be {np.dtype(dtype)}, got {array.dtype}")
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+        raise RecordError(f"{where}: shape must be {shape} (None: any), got {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise RecordError(f"{where}: holds NaN or infinity")

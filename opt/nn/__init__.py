@@ -1,0 +1,1 @@
+"""Building blocks: packed tokens, attention, embedders, decoders."""

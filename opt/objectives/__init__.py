@@ -1,0 +1,1 @@
+"""Objectives: pure functions over hidden states that return a Term."""

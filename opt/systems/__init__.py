@@ -1,0 +1,1 @@
+"""Systems: one file each, found by its name."""

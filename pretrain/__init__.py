@@ -1,0 +1,1 @@
+"""Pretraining: one loop for every system."""
