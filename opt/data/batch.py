@@ -1,0 +1,107 @@
+"""Batch: what a preparer hands to a system. Flat tables of inputs, and views that say which entries form sequences.
+
+    text, regions, frames   flat tables: every distinct input entry once, whoever uses it
+    views[name]             sequences: `gather` picks entries out of [text; regions; frames], `layout` says where they begin
+    targets[name]           where a loss looks: positions in a view's flat tokens, and what should stand there
+    counts[name]            how many targets a term has; the trainer sums them over ranks and micro-batches
+
+A region that is masked in one sequence and whole in another stands in the table twice; everything else stands there once.
+Shape legend: N tokens of a view, S sequences, M targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from opt.data.layout import AttentionLayout
+
+Moved = TypeVar("Moved")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """ids (Nt,) int64; positions (Nt,) int64, counted from 0 at [CLS]."""
+
+    ids: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class RegionTable:
+    """features (R, D) float32; boxes (R, 4) float32 x1 y1 x2 y2 in [0, 1]; masked (R,) bool, True = feature hidden."""
+
+    features: Tensor
+    boxes: Tensor
+    masked: Tensor
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """features (T, D) float32; positions (T,) int64 from 0; masked (T,) bool, True = feature hidden."""
+
+    features: Tensor
+    positions: Tensor
+    masked: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Sequences over the tables. gather (N,) int64 into [text; regions; frames]; first (S,) int64: each one's [CLS]."""
+
+    gather: Tensor
+    first: Tensor
+    layout: AttentionLayout
+
+
+@dataclass(frozen=True)
+class Targets:
+    """index (M,) int64 into a view's flat tokens; label: what should stand there, (M,) or (M, ...)."""
+
+    index: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `keys` names its rows for error reports; `tokens` is the number of real tokens in all views."""
+
+    keys: list[str]
+    tokens: int
+    text: TextTable
+    regions: RegionTable
+    frames: FrameTable
+    views: dict[str, View]
+    targets: dict[str, Targets] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with every tensor on `device`."""
+        return _move(self, torch.device(device))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by the loader for CUDA)."""
+        return _apply(self, lambda tensor: tensor.pin_memory())
+
+
+def _move(value: Moved, device: torch.device) -> Moved:
+    return _apply(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _apply(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _apply(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {key: _apply(entry, change) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_apply(entry, change) for entry in value)
+    return value

@@ -1,0 +1,177 @@
+"""The protocol of a system: what the trainer and the evaluations may ask of every model.
+
+    preparer   a small picklable object without weights: samples and row plans -> Batch, in loader workers
+    forward    Batch -> Output(terms, carry); reads like the paper's figure
+    abilities  embed, score, features, generate_text, generate_codes: samples in, numbers out; a missing one is a clear error
+
+A system `name` lives in `opt/systems/name.py`; `load("opt.tiny")` calls its function `tiny()`. There is no registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opt.config import UserError
+from opt.data.batch import Batch
+from opt.data.plan import BatchPlan, Tasks
+from opt.data.record import Lengths, Sample
+from opt.data.tokenizer import Tokenizer
+from opt.objectives.term import Term
+
+MODALITIES = ("text", "image", "audio")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is: drives ramps and annealing. `fraction` runs from 0 to 1."""
+
+    step: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward returns: the terms of the loss by name, and what must outlive the step."""
+
+    terms: dict[str, Term]
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a system must know of the shards it reads: widths and sizes fixed by the extractors. 0 means absent."""
+
+    region_width: int
+    region_classes: tuple[str, ...]
+    speech_width: int
+    frame_rate: float
+    codebook: int
+    extractors: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text or codes are drawn: the best token each time (top_k = 1), or among the k likeliest at a temperature."""
+
+    top_k: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+    limit: int = 62
+    """Longest text in tokens; codes always fill their grid."""
+
+
+class Preparer(Protocol):
+    """Turns samples into a batch: tokenises, corrupts and packs. All randomness comes from each row's rng key."""
+
+    tasks: Tasks
+
+    def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch: ...
+
+    def cost(self, lengths: Lengths) -> np.ndarray:
+        """Tokens that each sample becomes: int64 (B,)."""
+        ...
+
+
+class System(nn.Module):
+    """Base of all systems. Abilities a system lacks raise UserError; a system overrides what it can."""
+
+    name: ClassVar[str]
+    config: Any
+    tokenizer: Tokenizer
+    facts: DataFacts
+
+    def preparer(self) -> Preparer:
+        raise self._cannot("be trained")
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        raise self._cannot("be trained")
+
+    def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
+        """Moves twins, queues and clamps, once per optimizer step. Nothing to move by default."""
+
+    def embed(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """Unit vectors (B, E) float32 in the space all modalities share; several modalities make one query."""
+        raise self._cannot("embed")
+
+    def score(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """Log-odds (B,) float32 that the named parts of each sample belong together."""
+        raise self._cannot("score")
+
+    def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """Pooled hidden states (B, D) float32, for a linear probe."""
+        raise self._cannot("give features")
+
+    def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:
+        """One text a sample, written from the named modalities alone."""
+        raise self._cannot("write text")
+
+    def generate_codes(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> Tensor:
+        """Image codes (B, 8, 8) int64, drawn from the named modalities alone."""
+        raise self._cannot("draw pictures")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _cannot(self, ability: str) -> UserError:
+        return UserError(f"system {self.name!r} cannot {ability}; choose a system that can (see docs/systems.md)")
+
+
+def names() -> list[str]:
+    """Names of all systems: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__import__("opt.systems", fromlist=["x"]).__path__)
+                  if module.name != "system")
+
+
+def load(name: str) -> Any:
+    """The configuration of a preset such as "opt.tiny": opt/systems/opt.py, function tiny(). Raises UserError."""
+    system, _, preset = name.partition(".")
+    module = system_module(system)
+    function = getattr(module, preset, None) if preset and not preset.startswith("_") else None
+    if not inspect.isfunction(function) or function.__module__ != module.__name__ or inspect.signature(function).parameters:
+        raise UserError(f"unknown preset {name!r}; {system} has {', '.join(f'{system}.{p}' for p in presets(module))}")
+    return function()
+
+
+def presets(module: Any) -> list[str]:
+    """Functions of a system's file that take nothing and return its configuration."""
+    return [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
+            and value.__module__ == module.__name__ and not inspect.signature(value).parameters]
+
+
+def system_module(system: str) -> Any:
+    """The module of a system by its name. Raises UserError that lists the systems there are."""
+    if system not in names():
+        raise UserError(f"unknown system {system!r}; there are {', '.join(names())}")
+    return importlib.import_module(f"opt.systems.{system}")
+
+
+def build(system: str, config: Any, tokenizer: Tokenizer, facts: DataFacts) -> System:
+    """The system named `system` with this configuration: its module's `System` subclass of the same name."""
+    module = system_module(system)
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, System)
+               and getattr(value, "name", None) == system]
+    return classes[0](config, tokenizer, facts)
+
+
+def compose(text: Sample | None = None, image: Sample | None = None, audio: Sample | None = None) -> Sample:
+    """A sample made of one sample's caption, another's pictures and a third's speech: what matching scores."""
+    base = text or image or audio
+    if base is None:
+        raise ValueError("compose needs at least one part")
+    return dataclasses.replace(
+        base,
+        caption=text.caption if text else None,
+        pictures=image.pictures if image else (),
+        speech=audio.speech if audio else None,
+    )
