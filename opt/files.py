@@ -1,0 +1,54 @@
+"""Files that are complete or absent: written under a temporary name, fsynced, renamed.
+
+A kill at any moment leaves the old file, the new file, or no file, and at worst a forgotten `.NAME.*.tmp` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def open_atomic(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` for writing; it appears under its name only when the block ends without an error.
+
+    `mode` is "wb", "w+b" or "w" (UTF-8). The parent folder must exist. An error in the block leaves what was there before.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write the whole file at once, as `open_atomic` does."""
+    with open_atomic(path, "wb") as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut, after a rename that put one there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
