@@ -18,7 +18,8 @@ from typing import IO, Any
 def open_atomic(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open `path` for writing; it appears under its name only when the block ends without an error.
 
-    `mode` is "wb", "w+b" or "w" (UTF-8). The parent folder must exist. An error in the block leaves what was there before.
+    `mode` is "wb", "w+b" or "w" (UTF-8). The parent folder must exist. After an error in the block the old file,
+    if there was one, stands as it was.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -28,6 +28,7 @@ class Progress:
         self.label, self.total, self.done, self.unit = label, total, done, unit
         self.note = ""
         self._begun_with = done
+        self._ended = False
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
@@ -57,14 +58,18 @@ class Progress:
         parts = [f"{count} {self.unit}".strip()]
         if rate > 0:
             parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
-            if self.total is not None and self.done < self.total:
-                parts.append(f"{_clock((self.total - self.done) / rate)} left")
-            else:
-                parts.append(f"took {_clock(seconds)}")
+        if self._ended:
+            parts.append(f"took {_clock(seconds)}")
+        elif rate > 0 and self.total is not None:
+            parts.append(f"{_clock((self.total - self.done) / rate)} left")
         return ", ".join([*parts, self.note] if self.note else parts)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended = True
         if self._bar is not None:
+            self._bar.update(self._task, status=self.status())
             self._bar.stop()
         else:
             self._print_line()
@@ -75,7 +80,7 @@ class Progress:
 
 
 def progress(label: str, total: int | None = None, done: int = 0, unit: str = "") -> Progress:
-    """A progress display for a `with` block. `done` were finished by an earlier run: they count, but not in the rate."""
+    """A progress display for a `with` block. `done` were finished by an earlier run: counted, but not in the rate."""
     return Progress(label, total, done, unit)
 
 
