@@ -1,0 +1,133 @@
+"""The command line: `opt VERB [OPTIONS]`, or `python -m opt VERB [OPTIONS]`.
+
+A verb is a function of one dataclass. The table below names it as text and it is imported when its verb is called, so
+that `opt --help` answers at once. The dataclass becomes the options, the function's docstring the help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import opt
+from opt.config import UserError
+
+
+class Verb(NamedTuple):
+    """Where a verb's function lives ("module:function") and what it does, in one line."""
+
+    target: str
+    summary: str
+
+
+VERBS = {
+    "doctor": Verb("opt.doctor:doctor", "what works on this machine, and how to mend what does not"),
+    "scenes": Verb("feature_extract.sources.spoken_scenes:scenes", "draw and speak the built-in data set"),
+    "extract": Verb("feature_extract.job:extract", "turn pictures, captions and recordings into shards of features"),
+    "shards verify": Verb("opt.data.verify:verify", "check every byte of a folder of shards"),
+    "shards inspect": Verb("opt.data.verify:inspect", "show what a folder of shards holds"),
+    "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
+    "eval retrieval": Verb("eval.retrieval:retrieval", "search between pictures, text and speech: recall at 1, 5, 10"),
+    "eval transcribe": Verb("eval.speech:transcribe", "write down what is said: word error rate"),
+    "eval caption": Verb("eval.captioning:caption", "describe pictures in words"),
+    "eval text-to-image": Verb("eval.image_generation:text_to_image", "draw pictures from captions"),
+    "eval classify": Verb(
+        "eval.classification:classify", "linear probe for each subset of modalities: average precision"
+    ),
+    "report": Verb("eval.report:report", "one page from a run: tables, curves, pictures"),
+    "demo": Verb("opt.demo:demo", "all of the above on spoken scenes, from nothing to the report"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"opt {opt.__version__}")
+        return 0
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in VERBS else " ".join(argv[:1])
+    if name not in VERBS:
+        return _overview(argv)
+    prog = f"opt {name}"
+    try:
+        function = _function(VERBS[name])
+        try:
+            config = _parse(function, prog, argv[len(name.split()) :])
+        except SystemExit as ended:  # the parser has shown the help text or said what is wrong with the options
+            return 2 if ended.code else 0
+        function(config)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 1
+    return 0
+
+
+def _overview(argv: list[str]) -> int:
+    """Answer `opt`, `opt --help`, `opt GROUP [--help]` with the table of verbs, and anything else with an error."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    group = f"{words[0]} " if words else ""
+    verbs = {name: verb for name, verb in VERBS.items() if name.startswith(group)}
+    if len(words) <= 1 and verbs:
+        print(f"usage: opt {group}VERB [OPTIONS]\n")
+        width = max(map(len, verbs))
+        for name, verb in verbs.items():
+            print(f"  {name:{width}}  {verb.summary}")
+        print("\n`opt VERB --help` shows a verb's options and an example. `python -m opt` is the same program.")
+        return 0
+    asked = " ".join(words[: 2 if verbs else 1])
+    nearest = difflib.get_close_matches(asked, VERBS, n=1, cutoff=0.5)
+    hint = f"did you mean `opt {nearest[0]}`?" if nearest else "`opt --help` lists the verbs"
+    print(f"opt: error: there is no verb {asked!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def _function(verb: Verb) -> Callable[[Any], None]:
+    """Import the verb's function. Raises UserError when a package it needs is not installed."""
+    module, name = verb.target.split(":")
+    try:
+        function: Callable[[Any], None] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name.split(".")[0]):
+            raise
+        raise UserError(f"needs the package {error.name!r}, which is not installed; `opt doctor` says how") from error
+    return function
+
+
+def _parse(function: Callable[[Any], None], prog: str, argv: list[str]) -> Any:
+    """The function's dataclass, filled from the options.
+
+    A class whose options depend on an earlier word of the line (`opt pretrain opt.tiny ...`) has a classmethod
+    `prepare(argv) -> (type, instance | None)` that gives the concrete type and the values to begin with.
+    """
+    import tyro
+
+    kind = typing.get_type_hints(function)["config"]
+    default: Any = None
+    if hasattr(kind, "prepare"):
+        kind, default = kind.prepare(argv)
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=prog, description=inspect.getdoc(function) or "", args=argv, **given)
+
+
+def _reader_left() -> bool:
+    """Whether the program that reads our standard output has ended (`opt ... | head`), as against another pipe."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets the interpreter's own flush succeed
+        return True
+    return False
