@@ -1,0 +1,100 @@
+"""Metrics against independent references: brute force, jiwer, scikit-learn."""
+
+import itertools
+
+import jiwer
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from eval import metrics
+
+
+def test_ranks_equal_the_mean_over_all_fair_orders_of_ties():
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 3, (20, 6)).astype(float)
+    positive = random.random((20, 6)) < 0.4
+    positive[0] = False
+    found = metrics.ranks(scores, positive)
+    assert np.isinf(found[0])
+    for row in range(1, 20):
+        if not positive[row].any():
+            continue
+        firsts = []
+        for order in itertools.permutations(range(6)):
+            ranked = sorted(order, key=lambda candidate: -scores[row, candidate])  # stable: `order` decides ties
+            firsts.append(1 + next(place for place, candidate in enumerate(ranked) if positive[row, candidate]))
+        assert found[row] == pytest.approx(np.mean(firsts))
+
+
+def test_constant_scores_are_no_better_than_the_middle():
+    assert metrics.ranks(np.zeros((1, 200)), np.arange(200)[None] == 7)[0] == 100.5
+
+
+def test_chance_recall_is_the_hypergeometric_probability():
+    assert metrics.chance_recall(np.array([1, 1]), 200, 1) == pytest.approx(0.005)
+    assert metrics.chance_recall(np.array([5]), 20, 2) == pytest.approx(1 - 15 / 20 * 14 / 19)
+    assert metrics.chance_recall(np.array([1]), 3, 10) == 1.0
+
+
+def random_sentences(random, count):
+    return [" ".join(random.choice(list("abcd"), random.integers(1, 9))) for _ in range(count)]
+
+
+def test_word_errors_equal_jiwer_and_the_alignment_explains_them():
+    random = np.random.default_rng(1)
+    references, hypotheses = random_sentences(random, 100), random_sentences(random, 100)
+    errors = [metrics.word_errors(*pair) for pair in zip(references, hypotheses, strict=True)]
+    words = [len(reference.split()) for reference in references]
+    assert sum(errors) / sum(words) == pytest.approx(jiwer.wer(references, hypotheses))
+    for reference, hypothesis, count in zip(references, hypotheses, errors, strict=True):
+        edits = metrics.align(reference.split(), hypothesis.split())
+        assert sum(edit.kind != "equal" for edit in edits) == count
+        assert " ".join(edit.reference for edit in edits if edit.reference) == reference
+        assert " ".join(edit.hypothesis for edit in edits if edit.hypothesis) == hypothesis
+    assert metrics.word_errors("", "a b") == 2 and metrics.word_errors("a b", "") == 2
+
+
+def test_normaliser():
+    assert metrics.normalise("  The dog's WELL-kept ball , “red” .") == "the dogs well kept ball red"
+
+
+def test_word_f1_counts_words_once_and_takes_the_best_reference():
+    assert metrics.word_f1("a red red dog", ["a red cat", "blue"]) == pytest.approx(2 * 2 / 7)
+    assert metrics.word_f1("", ["a"]) == 0.0
+
+
+def test_average_precision_equals_scikit_learn_with_ties_and_weights():
+    random = np.random.default_rng(2)
+    scores, labels = random.integers(0, 5, (60, 4)).astype(float), random.random((60, 4)) < 0.3
+    labels[:, 3] = False
+    weights = random.integers(0, 3, (5, 60))
+    plain, weighted = metrics.average_precision(scores, labels), metrics.average_precision(scores, labels, weights)
+    for number in range(3):
+        truth = average_precision_score(labels[:, number], scores[:, number])
+        assert plain[number] == pytest.approx(truth)
+        for row in range(5):
+            truth = average_precision_score(labels[:, number], scores[:, number], sample_weight=weights[row])
+            assert weighted[row, number] == pytest.approx(truth)
+    assert np.isnan(plain[3]) and np.isnan(weighted[:, 3]).all()
+    assert metrics.mean_average_precision(scores, labels) == pytest.approx(plain[:3].mean())
+
+
+def test_bootstrap_of_a_share_is_near_the_normal_interval_and_seeded():
+    values = (np.arange(400) % 4 == 0).astype(float)
+    low, high = metrics.bootstrap(values, seed=3)
+    assert low == pytest.approx(0.25 - 1.96 * np.sqrt(0.25 * 0.75 / 400), abs=0.01)
+    assert high == pytest.approx(0.25 + 1.96 * np.sqrt(0.25 * 0.75 / 400), abs=0.01)
+    assert metrics.bootstrap(values, seed=3) == (low, high)
+
+
+def test_bootstrap_draws_groups_whole():
+    values = np.repeat((np.arange(40) % 2).astype(float), 10)  # 400 values that are only 40 independent ones
+    low, high = metrics.bootstrap(values, seed=0, groups=np.repeat(np.arange(40), 10))
+    alone = metrics.bootstrap(values[::10], seed=0)
+    assert (low, high) == pytest.approx(alone)
+
+
+def test_resample_counts_keep_groups_together():
+    counts = metrics.resample_counts(np.array([0, 0, 1, 2]), seed=0, resamples=50)
+    assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, [0, 2, 3]].sum(1) == 3).all()
