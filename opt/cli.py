@@ -89,7 +89,8 @@ def _overview(argv: list[str]) -> int:
         print("\n`opt VERB --help` shows a verb's options and an example. `python -m opt` is the same program.")
         return 0
     asked = " ".join(words[: 2 if verbs else 1])
-    nearest = difflib.get_close_matches(asked, VERBS, n=1, cutoff=0.5)
+    choices = [*VERBS, *{name.split()[0]: None for name in VERBS if " " in name}]
+    nearest = difflib.get_close_matches(asked, choices, n=1, cutoff=0.5)
     hint = f"did you mean `opt {nearest[0]}`?" if nearest else "`opt --help` lists the verbs"
     print(f"opt: error: there is no verb {asked!r}; {hint}", file=sys.stderr)
     return 2
