@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import os
+import select
 import sys
 import typing
 from collections.abc import Callable
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_left():
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets the interpreter's last flush succeed
         return 1
     return 0
 
@@ -125,10 +127,7 @@ def _parse(function: Callable[[Any], None], prog: str, argv: list[str]) -> Any:
 
 
 def _reader_left() -> bool:
-    """Whether the program that reads our standard output has ended (`opt ... | head`), as against another pipe."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets the interpreter's own flush succeed
-        return True
-    return False
+    """Whether it is our standard output that nobody reads any more (`opt ... | head`), and not some other pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -1,0 +1,49 @@
+"""Configurations come back from their file as they were; unknown keys are errors."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from opt.config import UserError, from_dict, load, save, to_dict
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 4
+    rates: tuple[float, ...] = (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Outer:
+    folder: Path
+    inner: Inner = field(default_factory=Inner)
+    weights: dict[str, float] = field(default_factory=dict)
+    other: Inner | None = None
+    out: Path | None = None
+    size: tuple[int, int] = (8, 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Outer(Path("shards")),
+        Outer(Path("/a/b"), Inner(7, (0.1,)), {"mlm": 1.0}, Inner(9, ()), Path("runs"), (2, 3)),
+    ],
+)
+def test_round_trip(config: Outer, tmp_path: Path):
+    path = tmp_path / "config.json"
+    save(config, path)
+    assert load(Outer, path) == config
+    assert json.loads(path.read_text()) == to_dict(config)
+
+
+def test_unknown_key_names_the_key_its_place_and_the_known_ones():
+    with pytest.raises(UserError, match=r"run\.inner: unknown key 'widht'; Inner knows rates, width"):
+        from_dict(Outer, {"folder": "x", "inner": {"widht": 3}}, "run")
+
+
+def test_missing_file_is_the_users_error(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(Outer, tmp_path / "none.json")
