@@ -1,11 +1,12 @@
 """Batch: what a preparer hands to a system. Flat tables of inputs, and views that say which entries form sequences.
 
     text, regions, frames   flat tables: every distinct input entry once, whoever uses it
-    views[name]             sequences: `gather` picks entries out of [text; regions; frames], `layout` says where they begin
+    views[name]             sequences: `gather` picks entries of [text; regions; frames], `layout` says where each begins
+    writings[name]          what a decoder writes, and which sequence of a view it looks at
     targets[name]           where a loss looks: positions in a view's flat tokens, and what should stand there
     counts[name]            how many targets a term has; the trainer sums them over ranks and micro-batches
 
-A region that is masked in one sequence and whole in another stands in the table twice; everything else stands there once.
+A region masked in one sequence and whole in another stands in the table twice; everything else stands there once.
 Shape legend: N tokens of a view, S sequences, M targets.
 """
 
@@ -59,6 +60,18 @@ class View:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """What a decoder writes, packed. ids (N,) int64: the token before each place; positions (N,); label (N,): the token
+    that should stand there; layout: its causal self-attention; context: cross-attention onto a view's flat tokens."""
+
+    ids: Tensor
+    positions: Tensor
+    label: Tensor
+    layout: AttentionLayout
+    context: AttentionLayout
+
+
+@dataclass(frozen=True)
 class Targets:
     """index (M,) int64 into a view's flat tokens; label: what should stand there, (M,) or (M, ...)."""
 
@@ -76,6 +89,7 @@ class Batch:
     regions: RegionTable
     frames: FrameTable
     views: dict[str, View]
+    writings: dict[str, Writing] = field(default_factory=dict)
     targets: dict[str, Targets] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)

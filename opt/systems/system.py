@@ -2,7 +2,7 @@
 
     preparer   a small picklable object without weights: samples and row plans -> Batch, in loader workers
     forward    Batch -> Output(terms, carry); reads like the paper's figure
-    abilities  embed, score, features, generate_text, generate_codes: samples in, numbers out; a missing one is a clear error
+    abilities  embed, score, features, generate_text, generate_codes: a missing one is a clear error
 
 A system `name` lives in `opt/systems/name.py`; `load("opt.tiny")` calls its function `tiny()`. There is no registry.
 """
@@ -137,10 +137,9 @@ def load(name: str) -> Any:
     """The configuration of a preset such as "opt.tiny": opt/systems/opt.py, function tiny(). Raises UserError."""
     system, _, preset = name.partition(".")
     module = system_module(system)
-    function = getattr(module, preset, None) if preset and not preset.startswith("_") else None
-    if not inspect.isfunction(function) or function.__module__ != module.__name__ or inspect.signature(function).parameters:
-        raise UserError(f"unknown preset {name!r}; {system} has {', '.join(f'{system}.{p}' for p in presets(module))}")
-    return function()
+    if preset not in presets(module):
+        raise UserError(f"unknown preset {name!r}; there are {', '.join(f'{system}.{p}' for p in presets(module))}")
+    return getattr(module, preset)()
 
 
 def presets(module: Any) -> list[str]:

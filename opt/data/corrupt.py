@@ -1,0 +1,40 @@
+"""Corruption: which words, regions, frames or whole modalities a row hides, and which parts it swaps.
+
+Every function takes the row's own random generator, so a row is corrupted alike whatever the worker or world size.
+Masks are bool with True = hidden. Rates and rules: opt-spec sections 2.1 to 2.3, gaps A1 to A4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def row_generator(key: int) -> np.random.Generator:
+    """The generator of one row, from the rng key that the plan gave it."""
+    return np.random.Generator(np.random.Philox(key=int(key)))
+
+
+def positions(length: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Positions hidden at `rate`, independently, at least one: sorted int64 (m,)."""
+    if length < 1:
+        raise ValueError("nothing to hide in an empty sequence")
+    hidden = np.flatnonzero(rng.random(length) < rate)
+    return hidden if len(hidden) else rng.integers(length, size=1)
+
+
+def words(ids: np.ndarray, mask_id: int, ordinary: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What stands in place of hidden words (m,): 80 % [MASK], 10 % a random one of `ordinary`, 10 % the word itself."""
+    draw = rng.random(len(ids))
+    replaced = np.where(draw < 0.8, mask_id, ids)
+    random_words = ordinary[rng.integers(len(ordinary), size=len(ids))]
+    return np.where((draw >= 0.8) & (draw < 0.9), random_words, replaced)
+
+
+def modalities(present: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Whole modalities hidden, each with probability `rate`, never all that are present: bool (3,)."""
+    if not present.any():
+        raise ValueError("a sample without any modality cannot be corrupted")
+    while True:
+        hidden = (rng.random(len(present)) < rate) & present
+        if not np.array_equal(hidden, present):
+            return hidden

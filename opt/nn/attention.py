@@ -1,0 +1,114 @@
+"""Attention over packed tokens: self, cross and causal, one dense kernel call a bucket of like lengths.
+
+The only module that computes attention; where sequences begin comes from opt.data.layout.
+Shape legend: N query tokens, M key tokens, H heads, d head width, D = H d, b pairs in a bucket, L padded length,
+P and Q dense queries and keys of all buckets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opt.data.layout import AttentionLayout, Bucket
+
+
+class _Gather(torch.autograd.Function):
+    """tokens (N, ...) -> dense (b L, ...), where `inverse` (N,) says which dense row is each token's own.
+
+    Its gradient is a gather too: padding repeats a token but its gradient is zero by construction (masked as key,
+    dropped as query). So no scatter-add is needed, whose order of summation is not the same twice on several threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return tokens[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse], None, None
+
+
+class _Return(torch.autograd.Function):
+    """dense (P, ...) -> tokens (N, ...) by `inverse`: what padding computed is dropped, and gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.rows = len(dense)
+        return dense[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        dense = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        dense[inverse] = gradient
+        return dense, None
+
+
+def attend(query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool) -> Tensor:
+    """Scaled dot-product attention of packed queries over packed keys: (N, D).
+
+    key_value_M2D: keys beside values. causal: a query sees keys up to its own place; query and key sequences must then
+    be the same.
+    """
+    if not layout.buckets:  # no sequence in this batch: an empty result that still uses every projection
+        return query_ND + key_value_M2D[:0, : query_ND.shape[1]]
+    query_PD = _Gather.apply(query_ND, layout.query, layout.inverse)
+    # A key sequence may serve several queries (cross-attention): embedding's gradient sums them in a fixed order.
+    key_value_Q2D = F.embedding(layout.key, key_value_M2D)
+    outputs = [
+        _attend_dense(query_PD[bucket.queries], key_value_Q2D[bucket.keys], heads, bucket, causal)
+        for bucket in layout.buckets
+    ]
+    return _Return.apply(torch.cat(outputs), layout.inverse)
+
+
+def _attend_dense(query_PD: Tensor, key_value_Q2D: Tensor, heads: int, bucket: Bucket, causal: bool) -> Tensor:
+    query_bHLd = query_PD.view(bucket.rows, -1, heads, query_PD.shape[-1] // heads).transpose(1, 2)
+    key_value_bLHd = key_value_Q2D.view(bucket.rows, -1, 2 * heads, query_bHLd.shape[-1]).transpose(1, 2)
+    # Padding lies behind every real query of its row, so the causal mask alone already hides it.
+    mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
+    output_bHLd = F.scaled_dot_product_attention(
+        query_bHLd, key_value_bLHd[:, :heads], key_value_bLHd[:, heads:], attn_mask=mask, is_causal=causal
+    )
+    return output_bHLd.transpose(1, 2).reshape(len(query_PD), -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections (Vaswani et al. 2017), over packed tokens or one step with a cache."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of heads {heads}")
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self, hidden_ND: Tensor, context_MD: Tensor, layout: AttentionLayout, causal: bool = False
+    ) -> Tensor:
+        """Queries from `hidden_ND`, keys and values from `context_MD` (the same tensor for self-attention): (N, D)."""
+        attended_ND = attend(self.query(hidden_ND), self.key_value(context_MD), self.heads, layout, causal)
+        return self.output(attended_ND)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., H, d) of a context (..., D)."""
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))
+
+    def step(self, hidden_BD: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, valid_BL: Tensor | None) -> Tensor:
+        """One query a sequence over cached keys and values: (B, D). valid_BL bool, True = may attend."""
+        query_BH1d = self.query(hidden_BD).unflatten(-1, (self.heads, -1)).unsqueeze(2)
+        mask = None if valid_BL is None else valid_BL[:, None, None, :]
+        output_BH1d = F.scaled_dot_product_attention(
+            query_BH1d, key_BLHd.transpose(1, 2), value_BLHd.transpose(1, 2), attn_mask=mask
+        )
+        return self.output(output_BH1d.flatten(1))

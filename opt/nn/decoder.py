@@ -1,0 +1,55 @@
+"""Decoder: writes tokens one after another, looking at an encoded context (text, or image codes).
+
+Training runs all positions at once over packed targets; generation runs one step at a time with a dense cache.
+Shape legend: N packed target tokens, M context tokens, D width, V tokens of the decoder, B sequences, L length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opt.data.layout import AttentionLayout
+from opt.nn.block import BlockCache, Stack
+
+
+class Decoder(nn.Module):
+    """Causal transformer with cross-attention (paper section 3.3). The token table may be shared with an encoder.
+
+    positions: the longest sequence, the start token included.
+    """
+
+    def __init__(self, layers: int, width: int, heads: int, inner: int, vocabulary: int, positions: int,
+                 dropout: float) -> None:
+        super().__init__()
+        self.position = nn.Embedding(positions, width)
+        self.embed_norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.stack = Stack(layers, width, heads, inner, dropout, cross=True, causal=True)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(
+        self, ids_N: Tensor, positions_N: Tensor, layout: AttentionLayout,
+        context_MD: Tensor, context_layout: AttentionLayout, table_VD: Tensor,
+    ) -> Tensor:
+        """Hidden states (N, D) that predict the token after each position; `logits` turns them into words."""
+        hidden_ND = self._embed(ids_N, positions_N, table_VD)
+        return self.stack(hidden_ND, layout, context_MD, context_layout)
+
+    def logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
+        """(..., D) -> (..., V), tied to the token table."""
+        return F.linear(hidden, table_VD[: len(self.bias)], self.bias)
+
+    def start(self, context_BLD: Tensor, context_valid_BL: Tensor) -> list[BlockCache]:
+        """Caches for step-by-step generation over a padded context."""
+        return [block.cache(context_BLD, context_valid_BL) for block in self.stack.blocks]
+
+    def step(self, ids_B: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor) -> Tensor:
+        """Logits (B, V) of the token after `ids_B`, which stands at `position`; the caches grow."""
+        hidden_BD = self._embed(ids_B, torch.full_like(ids_B, position), table_VD)
+        for block, cache in zip(self.stack.blocks, caches, strict=True):
+            hidden_BD = block.step(hidden_BD, cache)
+        return self.logits(self.stack.final_norm(hidden_BD), table_VD)
+
+    def _embed(self, ids: Tensor, positions: Tensor, table_VD: Tensor) -> Tensor:
+        return self.dropout(self.embed_norm(F.embedding(ids, table_VD) + self.position(positions)))

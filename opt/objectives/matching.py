@@ -1,0 +1,17 @@
+"""Matching: do text, picture and speech belong together, and if not, who does (opt-spec section 2.3, Eq. 11)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt.objectives.term import Term
+
+ALL_MATCH, IMAGE_AUDIO, TEXT_AUDIO, TEXT_IMAGE, NONE_MATCH = range(5)
+"""The five classes: everything matches; only the named pair matches; nothing does."""
+
+
+def five_way(logits_S5: Tensor, label_S: Tensor, count: Tensor, weight: float = 1.0) -> Term:
+    """Binary cross-entropy of five sigmoids against a one-hot label, summed over the five (Eq. 11)."""
+    target_S5 = F.one_hot(label_S, 5).float()
+    return Term(F.binary_cross_entropy_with_logits(logits_S5.float(), target_S5, reduction="sum"), count, weight)

@@ -1,0 +1,223 @@
+"""OPT: three embedders, one cross-modal encoder, heads, a text decoder and an image-code decoder (paper Figure 1).
+
+Shape legend: N packed encoder tokens, S sequences, M targets, D width, E shared space, B samples, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from opt.data.batch import Batch
+from opt.data.record import CODE_GRID, Sample
+from opt.data.tokenizer import Tokenizer
+from opt.nn.block import Stack
+from opt.nn.decoder import Decoder
+from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
+from opt.nn.heads import Pooler, Projection, Temperature, TokenHead
+from opt.nn.search import sample as search
+from opt.objectives.contrastive import in_batch
+from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
+from opt.objectives.matching import ALL_MATCH, five_way
+from opt.objectives.term import Term
+from opt.systems.opt.config import OPTConfig
+from opt.systems.opt.rows import PAIRS, Rows
+from opt.systems.system import DataFacts, Output, Progress, Sampling, System
+
+CODES = CODE_GRID[0] * CODE_GRID[1]
+
+
+class OPT(System):
+    """arXiv 2107.00249. `facts` gives the widths that the extractors fixed."""
+
+    name = "opt"
+
+    def __init__(self, config: OPTConfig, tokenizer: Tokenizer, facts: DataFacts) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.facts = config, tokenizer, facts
+        width, dropout = config.width, config.dropout
+        region_width, speech_width = max(facts.region_width, 1), max(facts.speech_width, 1)
+        self.text = TextEmbedder(tokenizer.size, config.text_positions, width, dropout)
+        self.regions = RegionEmbedder(region_width, width, dropout)
+        self.frames = FrameEmbedder(speech_width, config.frame_positions, width, dropout)
+        self.encoder = Stack(config.layers, width, config.heads, config.inner, dropout, config.post_norm)
+        self.pooler = Pooler(width)
+        self.word_head = TokenHead(width, tokenizer.size)
+        self.region_head = nn.Linear(width, region_width)
+        self.class_head = nn.Linear(width, len(facts.region_classes) + 1)
+        self.frame_head = nn.Linear(width, speech_width)
+        self.match_head = nn.Linear(width, 5)
+        self.code_table = nn.Embedding(facts.codebook + 1, width)
+        self.text_decoder, self.code_decoder = (
+            Decoder(config.decoder_layers, width, config.heads, config.inner, vocabulary, positions, dropout)
+            for vocabulary, positions in ((tokenizer.size, config.text_positions), (facts.codebook, CODES))
+        )
+        self.align = nn.ModuleDict({name: Projection(width, config.alignment_width) for name in
+                                    ("text", "image", "audio")}) if config.alignment_weight > 0 else None
+        self.temperature = Temperature() if config.alignment_weight > 0 else None
+        self.apply(_initialise)
+
+    def preparer(self) -> Rows:
+        """Samples -> corrupted, packed rows."""
+        facts = self.facts
+        return Rows(self.config, self.tokenizer, max(facts.region_width, 1), max(facts.speech_width, 1), facts.codebook)
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        """Encode everything once, then ask each head about its own rows."""
+        hidden_ND, first_SD = self.encode(batch)
+        terms = {
+            **self._masked_words(hidden_ND, batch),
+            **self._masked_regions(hidden_ND, batch),
+            **self._masked_frames(hidden_ND, batch),
+            **self._matching(hidden_ND, batch),
+            **self._denoising(hidden_ND, batch),
+            **self._alignment(first_SD, batch),
+        }
+        return Output(terms)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-modal states M of every token (N, D) (Eq. 1), and those of each sequence's [CLS] (S, D)."""
+        view = batch.views["encoder"]
+        entries = torch.cat([self.text(batch.text), self.regions(batch.regions), self.frames(batch.frames)])
+        hidden_ND = self.encoder(nn.functional.embedding(view.gather, entries), view.layout)
+        return hidden_ND, hidden_ND[view.first]
+
+    def _masked_words(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """MLM (Eq. 2)."""
+        target = batch.targets["mlm"]
+        logits_MV = self.word_head(hidden_ND[target.index], self.text.token.weight)
+        return {"mlm": token_cross_entropy(logits_MV, target.label, batch.counts["mlm"])}
+
+    def _masked_regions(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """MVFR (Eq. 4) and MRC (Eq. 5)."""
+        target, count = batch.targets["regions"], batch.counts["regions"]
+        hidden_MD = hidden_ND[target.index]
+        feature_MF = batch.regions.features[target.label]
+        return {
+            "mvfr": feature_regression(self.region_head(hidden_MD), feature_MF, count),
+            "mrc": token_cross_entropy(self.class_head(hidden_MD), batch.extra["region_classes"], count),
+        }
+
+    def _masked_frames(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """MAFR (Eq. 7) and MAC (Eq. 8), which share one head."""
+        target, count, extra = batch.targets["frames"], batch.counts["frames"], batch.extra
+        predicted_MF = self.frame_head(hidden_ND[target.index])
+        contrast = frame_contrast(
+            predicted_MF, batch.frames.features[extra["contrast_frames"]], extra["contrast_own"],
+            extra["contrast_row_own"], extra["contrast_row"], count, self.config.contrast_temperature,
+        )
+        return {"mafr": feature_regression(predicted_MF, batch.frames.features[target.label], count), "mac": contrast}
+
+    def _matching(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """Five-way matching (Eq. 11)."""
+        target = batch.targets["match"]
+        logits_S5 = self.match_head(self.pooler(hidden_ND[target.index]))
+        return {"match": five_way(logits_S5, target.label, batch.counts["match"])}
+
+    def _denoising(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """DTR (Eq. 9) and DIR (Eq. 10)."""
+        terms = {}
+        decoders = {"dtr": ("text", self.text_decoder, self.text.token), "dir": ("codes", self.code_decoder,
+                                                                                 self.code_table)}
+        for name, (written, decoder, table) in decoders.items():
+            writing = batch.writings[written]
+            hidden_MD = decoder(writing.ids, writing.positions, writing.layout, hidden_ND, writing.context,
+                                table.weight)
+            logits_MV = decoder.logits(hidden_MD, table.weight)
+            terms[name] = token_cross_entropy(logits_MV, writing.label, batch.counts[written])
+        return terms
+
+    def _alignment(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
+        """Text, picture and speech of one sample close in one space, all three pairs (ours)."""
+        if self.align is None or self.temperature is None:
+            return {}
+        terms, scale = {}, self.temperature()
+        for first, second in PAIRS:
+            name = f"align_{first}_{second}"
+            first_B, second_B, picture_B = batch.extra[name].unbind(1)
+            terms[name] = in_batch(
+                self.align[first](first_SD[first_B]), self.align[second](first_SD[second_B]), picture_B, scale,
+                batch.counts[name], self.config.alignment_weight,
+            )
+        return terms
+
+    def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
+        """Keeps the temperature in its range."""
+        if self.temperature is not None:
+            self.temperature.clamp()
+
+    def _encode_samples(self, samples: Sequence[Sample], modalities: Sequence[str]) -> tuple[Batch, Tensor, Tensor]:
+        batch = self.preparer().inputs(samples, modalities).to(self.device)
+        return batch, *self.encode(batch)
+
+    @torch.inference_mode()
+    def embed(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """Each modality alone through the encoder and its alignment head; several are averaged, then unit length."""
+        if self.align is None:
+            raise self._cannot("embed (it was trained with alignment_weight 0; score pairs by matching instead)")
+        vectors = [self.align[name](self._encode_samples(samples, [name])[2]) for name in modalities]
+        return nn.functional.normalize(torch.stack(vectors).sum(0), dim=-1)
+
+    @torch.inference_mode()
+    def score(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """The matching head's logit for "all match"."""
+        first_SD = self._encode_samples(samples, modalities)[2]
+        return self.match_head(self.pooler(first_SD)).float()[:, ALL_MATCH]
+
+    @torch.inference_mode()
+    def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """Mean of the encoder's states over each sequence."""
+        batch, hidden_ND, first_SD = self._encode_samples(samples, modalities)
+        lengths_S = _lengths(batch, len(hidden_ND))
+        sequence_N = torch.repeat_interleave(torch.arange(len(lengths_S), device=self.device), lengths_S)
+        summed_SD = torch.zeros_like(first_SD, dtype=torch.float32).index_add(0, sequence_N, hidden_ND.float())
+        return summed_SD / lengths_S[:, None]
+
+    @torch.inference_mode()
+    def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:
+        """The text decoder, looking at the named modalities."""
+        start_B = torch.full((len(samples),), self.tokenizer.bos, device=self.device)
+        limit = min(sampling.limit, self.config.text_positions - 1)
+        ids_BL = self._generate(self.text_decoder, self.text.token, start_B, limit, samples, modalities, sampling,
+                                end=self.tokenizer.eos)
+        return [self.tokenizer.decode(ids) for ids in ids_BL.cpu().numpy()]
+
+    @torch.inference_mode()
+    def generate_codes(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> Tensor:
+        """The code decoder, looking at the named modalities: (B, 8, 8)."""
+        start_B = torch.full((len(samples),), self.facts.codebook, device=self.device)
+        codes_BK = self._generate(self.code_decoder, self.code_table, start_B, CODES, samples, modalities, sampling)
+        return codes_BK.unflatten(1, CODE_GRID)
+
+    def _generate(self, decoder: Decoder, table: nn.Embedding, start_B: Tensor, length: int,
+                  samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling,
+                  end: int | None = None) -> Tensor:
+        batch, hidden_ND, _ = self._encode_samples(samples, modalities)
+        context_BLD, valid_BL = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
+        caches = decoder.start(context_BLD, valid_BL)
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        return search(lambda ids_B, position: decoder.step(ids_B, position, caches, table.weight), start_B, length,
+                      sampling.top_k, sampling.temperature, end, generator)
+
+
+def _lengths(batch: Batch, total: int) -> Tensor:
+    """Length of each sequence of the encoder's view: (S,) int64."""
+    first = batch.views["encoder"].first
+    return torch.diff(first, append=first.new_tensor([total]))
+
+
+def _padded(hidden_ND: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed states as (S, L, D), and which of them are real (S, L)."""
+    padded_SLD = nn.utils.rnn.pad_sequence(list(hidden_ND.split(lengths_S.tolist())), batch_first=True)
+    places_L = torch.arange(padded_SLD.shape[1], device=hidden_ND.device)
+    return padded_SLD, places_L[None, :] < lengths_S[:, None]
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's initialisation: normal with deviation 0.02, zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
