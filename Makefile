@@ -3,7 +3,7 @@
 # Both set up what they need in .venv, once: a stamp is older than pyproject.toml or constraints.txt only when these changed.
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup demo test test-slow clean
 
@@ -27,7 +27,7 @@ test: .venv/dev.stamp
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/dev.stamp
 	.venv/bin/pytest -m slow

@@ -122,6 +122,8 @@ def _parse(function: Callable[[Any], None], prog: str, argv: list[str]) -> Any:
     default: Any = None
     if hasattr(kind, "prepare"):
         kind, default = kind.prepare(argv)
+    if {"-h", "--help"} & set(argv):
+        argv = ["--help"]  # the parser leaves out of the help text what it has already read
     given = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=prog, description=inspect.getdoc(function) or "", args=argv, **given)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import pytest
+from tyro.conf import Positional
 
 from opt import cli
 from opt.config import UserError
@@ -41,7 +42,7 @@ class Wide:
 
 @dataclass
 class TrainConfig(Generic[Model]):
-    system: str
+    system: Positional[str]
     """Which system, for example small."""
     model: Model
     """Its settings."""
@@ -52,8 +53,8 @@ class TrainConfig(Generic[Model]):
 
     @classmethod
     def prepare(cls, argv: list[str]) -> tuple[type, "TrainConfig | None"]:
-        kind: type = {"small": Small, "wide": Wide}[argv[argv.index("--system") + 1]]
-        return cls[kind], cls(system="small", model=kind(), steps=20)  # type: ignore[index]
+        kind: type = {"small": Small, "wide": Wide}[argv[0]]
+        return cls[kind], cls(argv[0], kind(), steps=20)  # type: ignore[index]
 
 
 def toy(config: ToyConfig) -> None:
@@ -100,13 +101,13 @@ def test_options_become_the_dataclass():
 
 
 def test_prepare_gives_the_concrete_generic_type_and_its_defaults():
-    assert cli.main(["train", "--system", "small", "--model.width", "256"]) == 0
-    assert cli.main(["train", "--system", "wide", "--model.depth", "3", "--steps", "4", "--weights", "mlm", "0.5"]) == 0
+    assert cli.main(["train", "small", "--model.width", "256"]) == 0
+    assert cli.main(["train", "wide", "--model.depth", "3", "--steps", "4", "--weights", "mlm", "0.5"]) == 0
     assert calls == [
         TrainConfig("small", Small(256), 20),
         TrainConfig("wide", Wide(3), 4, {"mlm": 0.5}),
     ]
-    assert cli.main(["train", "--system", "wide", "--model.width", "3"]) == 2
+    assert cli.main(["train", "wide", "--model.width", "3"]) == 2
 
 
 def test_help_of_a_verb_shows_the_example_and_every_option(monkeypatch, capsys):
@@ -116,6 +117,12 @@ def test_help_of_a_verb_shows_the_example_and_every_option(monkeypatch, capsys):
     assert "usage: opt toy" in shown and "opt toy --shards runs/x" in shown
     assert "--batch-tokens INT" in shown and "Tokens in a batch." in shown
     assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_help_of_a_prepared_verb_shows_the_chosen_settings(capsys):
+    assert cli.main(["train", "wide", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Which system" in shown and "--model.depth" in shown and "--model.width" not in shown
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["eval"], ["eval", "--help"], ["shards", "-h"]])
