@@ -1,0 +1,167 @@
+"""What says that shards are complete: a receipt for each, a manifest for the folder, both written last.
+
+00000.json      receipt of shard 00000: counts, bytes, hashes, failures
+manifest.json   all receipts in order, the extractors, the widths of the features
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opt.config import UserError, from_dict, to_dict
+from opt.files import write_atomic
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LENGTHS = ("words", "regions", "frames", "codes")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source row, or a part of it, that did not become data, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A complete shard. `totals` sums lengths over samples; widths are 0 where the shard holds no such feature."""
+
+    name: str
+    records: int
+    samples: int
+    bytes: int
+    index_bytes: int
+    sha256: str
+    index_sha256: str
+    region_width: int
+    speech_width: int
+    frame_rate: float
+    totals: dict[str, int]
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete folder. `extractors` says what made it: names, weight hashes, settings.
+
+    `region_classes` names the detector's classes in order, `codebook` counts the image codes that exist.
+    Widths are 0 where no record has such features.
+    """
+
+    extractors: dict[str, Any]
+    region_width: int
+    region_classes: tuple[str, ...]
+    speech_width: int
+    frame_rate: float
+    codebook: int
+    shards: tuple[Receipt, ...]
+    records: int
+    samples: int
+    totals: dict[str, int]
+    schema: int = SCHEMA
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """What did not become data, over all shards, in the order of the source."""
+        return tuple(failure for shard in self.shards for failure in shard.failures)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of all shards in order: names the data set in results ("split hash")."""
+        hashes = "".join(shard.sha256 + shard.index_sha256 for shard in self.shards)
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def shard_name(number: int) -> str:
+    """`00003`: names sort as numbers do."""
+    return f"{number:05d}"
+
+
+def write_receipt(folder: Path, receipt: Receipt) -> None:
+    """Declare a shard complete, after its other files are in place."""
+    write_atomic(folder / f"{receipt.name}.json", _json(to_dict(receipt)))
+
+
+def read_receipt(folder: Path, name: str) -> Receipt | None:
+    """The receipt of a complete shard, or None when the shard must be written (again): files missing or damaged."""
+    path = folder / f"{name}.json"
+    try:
+        receipt = from_dict(Receipt, json.loads(path.read_text()), str(path))
+    except (FileNotFoundError, ValueError, TypeError, UserError):  # ValueError covers bad JSON and bad UTF-8
+        return None
+    sizes = {"tar": receipt.bytes, "npy": receipt.index_bytes}
+    files = {kind: folder / f"{name}.{kind}" for kind in sizes}
+    return receipt if all(files[k].exists() and files[k].stat().st_size == sizes[k] for k in sizes) else None
+
+
+def write_manifest(
+    folder: Path, shards: Sequence[str], extractors: dict[str, Any], region_classes: Sequence[str], codebook: int
+) -> Manifest:
+    """Declare the folder complete. `shards` names all its shards in order; extractors as JSON-ready values.
+
+    Raises UserError when one of the shards is incomplete, or when two hold features of different width.
+    """
+    receipts = []
+    for name in shards:
+        receipt = read_receipt(folder, name)
+        if receipt is None:
+            raise UserError(f"{folder}: shard {name} is incomplete; run the same `opt extract` command again")
+        receipts.append(receipt)
+    manifest = Manifest(
+        extractors=extractors,
+        region_width=int(_agree(folder, receipts, "region_width")),
+        region_classes=tuple(region_classes),
+        speech_width=int(_agree(folder, receipts, "speech_width")),
+        frame_rate=_agree(folder, receipts, "frame_rate"),
+        codebook=codebook,
+        shards=tuple(receipts),
+        records=sum(receipt.records for receipt in receipts),
+        samples=sum(receipt.samples for receipt in receipts),
+        totals={name: sum(receipt.totals[name] for receipt in receipts) for name in LENGTHS},
+    )
+    write_atomic(folder / MANIFEST, _json(to_dict(manifest)))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete folder. Raises UserError that says what is missing otherwise."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected shards written by `opt extract`")
+    if not path.exists():
+        done = len(list(folder.glob("*.json")))
+        raise UserError(
+            f"{folder} holds {done} complete shards but no {MANIFEST}, so the extraction has not ended; "
+            "run the same `opt extract` command again to finish it"
+        )
+    try:
+        values = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run the same `opt extract` command again to write it") from error
+    if values.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: schema {values.get('schema')}, this version reads {SCHEMA}; extract again, or install the other"
+        )
+    return from_dict(Manifest, values, str(path))
+
+
+def _agree(folder: Path, receipts: Sequence[Receipt], name: str) -> float:
+    """The one width that all shards with such features have; 0 when none has any."""
+    values = {getattr(receipt, name): receipt.name for receipt in receipts if getattr(receipt, name)}
+    if len(values) > 1:
+        raise UserError(
+            f"{folder}: shards disagree on {name} ({', '.join(f'{shard}: {v}' for v, shard in values.items())}): they "
+            "come from different extractors; extract into an empty folder"
+        )
+    return next(iter(values), 0)
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
