@@ -1,0 +1,168 @@
+"""A result: figures that carry their protocol, as one JSON file a task.
+
+    Metric      one figure: value, n, 95 % interval, chance level, direction, candidates, normaliser, re-rank k
+    Provenance  what it was measured with: model and split by hash, code version, seed, command, tiny or random networks
+    Result      the metrics of one task, what is absent and why, examples for the report -> <results>/<task>.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import opt
+from eval.metrics import bootstrap
+from opt.config import UserError
+from opt.files import write_atomic
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure. Shares lie in [0, 1]; a word error rate may pass 1."""
+
+    name: str
+    """Dotted and stable: what `summary.json` calls it, such as retrieval.text_to_image.r1."""
+    value: float
+    n: int
+    """Queries, recordings, pictures or samples that the value is a mean over."""
+    interval: tuple[float, float] | None = None
+    """95 % bootstrap interval."""
+    chance: float | None = None
+    """The same figure of a method that looks at nothing; None where that means nothing."""
+    chance_method: str = ""
+    better: str = "higher"
+    modalities: tuple[str, ...] = ()
+    """What the system was given."""
+    direction: str = ""
+    """query -> candidates, such as text -> image."""
+    candidates: str = ""
+    """What was searched, and how many of them."""
+    rerank_k: int | None = None
+    normaliser: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result was measured with; enough to measure it again."""
+
+    system: str
+    model_sha256: str
+    split_sha256: str
+    samples: int
+    seed: int
+    command: str
+    code_version: str
+    tiny_networks: tuple[str, ...] = ()
+    """Extractors or models that are tiny or hold random weights, in words; empty when none is."""
+    extractors: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one task. `absent` maps a metric that could not be measured to the reason."""
+
+    task: str
+    metrics: tuple[Metric, ...]
+    provenance: Provenance
+    seconds: float
+    absent: Mapping[str, str] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
+    """For the report: what went in and what came out, by key; pictures are paths relative to the results folder."""
+
+
+def measured(
+    name: str, values: np.ndarray, seed: int, sizes: np.ndarray | None = None, groups: np.ndarray | None = None, **fields: Any
+) -> Metric:
+    """The metric sum(values) / sum(sizes) (without sizes, the mean) with its interval; see `metrics.bootstrap`."""
+    total = float(len(values) if sizes is None else np.sum(sizes))
+    value = float(np.sum(values)) / total
+    return Metric(name, value, len(values), bootstrap(values, seed, sizes, groups), **fields)
+
+
+def write_result(result: Result, folder: Path) -> Path:
+    """Write `<folder>/<task>.json`, complete or not at all, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.task}.json"
+    content = {"schema": SCHEMA, **dataclasses.asdict(result)}
+    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read_result(path: Path) -> Result:
+    """Read what `write_result` wrote. Raises UserError for another schema or a file that is no result."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        metrics = tuple(Metric(**_tuples(entry)) for entry in content.pop("metrics"))
+        provenance = Provenance(**_tuples(content.pop("provenance")))
+        return Result(**content, metrics=metrics, provenance=provenance)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a result of this version ({error}); run the evaluation again") from error
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """A plain table of all figures: value, interval, chance, n; absent ones with their reason."""
+    rows = [("", "value", "95 % interval", "chance", "n")]
+    rows += [
+        (metric.name, percent(metric.value), percent_range(metric.interval), percent(metric.chance), str(metric.n))
+        for result in results
+        for metric in result.metrics
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in ([*zip(row, widths, strict=True)] for row in rows)
+    ]
+    lines += [f"{name}: absent, {reason}" for result in results for name, reason in result.absent.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent with one digit, or nothing."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def percent_range(interval: tuple[float, float] | None) -> str:
+    """An interval in per cent, such as 61.0 to 72.5, or nothing."""
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def code_version() -> str:
+    """The package's version, and the commit when it runs from a git work tree (`+` when files were changed)."""
+    folder = Path(opt.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return opt.__version__
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--match="]
+    described = subprocess.run(command, capture_output=True, text=True)
+    return f"{opt.__version__} ({described.stdout.strip()})" if described.returncode == 0 else opt.__version__
+
+
+def command_line(verb: str, config: Any) -> str:
+    """The command that repeats this evaluation: folders first, then every option that is not its default."""
+    words, options = ["opt", "eval", verb], []
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if default is dataclasses.MISSING:
+            words.append(str(value))
+        elif value != default:
+            values = value if isinstance(value, tuple) else (value,)
+            options += [f"--{entry.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words + options)

@@ -1,0 +1,183 @@
+"""What every evaluation begins and ends with: a model and a split opened, samples in batches, one result file written.
+
+    EvalConfig --open_task--> Task(system, split, provenance) --a verb's own measure--> metrics --Task.finish--> JSON + table
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from eval.result import Metric, Provenance, Result, code_version, command_line, results_table, write_result
+from opt.checkpoint import from_pretrained
+from opt.config import UserError
+from opt.data.record import Sample
+from opt.data.manifest import Manifest
+from opt.data.shards import ShardReader
+from opt.files import write_atomic
+from opt.progress import progress
+from opt.systems.system import System
+
+EXAMPLES = 24
+"""How many samples each evaluation keeps for the report: the first of the split, never chosen."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass
+class EvalConfig:
+    """What all evaluations need."""
+
+    model: Positional[Path]
+    """Folder of a saved model, such as runs/demo/model."""
+    shards: Positional[Path]
+    """Folder of shards that the model has not seen."""
+    out: Path | None = None
+    """Folder for the results; by default `results` beside the model's folder."""
+    limit: int | None = None
+    """Use only the first so many samples."""
+    batch: int = 64
+    """Samples in one call of the model; changes speed and memory, not the figures."""
+    seed: int = 0
+    """Seed of bootstrap intervals, chance levels and sampling."""
+
+
+class Split:
+    """Samples of a reader, the first `limit`, and which modalities each of them has."""
+
+    def __init__(self, reader: ShardReader, limit: int | None = None) -> None:
+        self.reader = reader
+        count = len(reader) if limit is None else min(limit, len(reader))
+        if count < 1:
+            raise UserError(f"no samples to evaluate: the shards hold {len(reader)}, --limit is {limit}")
+        self.keys = list(islice(reader.keys(), count))
+        self.groups = np.unique(self.keys, return_inverse=True)[1]
+        """Number of the picture that each sample belongs to, int64 (N,)."""
+        sizes = reader.lengths
+        present = {"text": sizes.words > 0, "image": sizes.regions + sizes.codes > 0, "audio": sizes.frames > 0}
+        self.has = {modality: array[:count] for modality, array in present.items()}
+        """Which samples have each modality: bool (N,) by name."""
+        captions = reader.captions()
+        self.captions = [next(captions) if there else None for there in self.has["text"]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sample(self, number: int, jpeg: bool = False) -> Sample:
+        return self.reader.sample(number, jpeg=jpeg)
+
+    def with_all(self, modalities: Sequence[str]) -> np.ndarray:
+        """Numbers of the samples that have all of `modalities`, in order."""
+        return np.flatnonzero(np.all([self.has[modality] for modality in modalities], axis=0))
+
+    def one_a_picture(self, numbers: np.ndarray) -> np.ndarray:
+        """The first of `numbers` for each key, in order."""
+        return np.sort(numbers[np.unique(self.groups[numbers], return_index=True)[1]])
+
+
+@dataclass
+class Task:
+    """One evaluation under way."""
+
+    name: str
+    system: System
+    split: Split
+    folder: Path
+    batch: int
+    provenance: Provenance
+    began: float
+
+    def batches(self, numbers: np.ndarray, answer: Callable[[list[Sample]], Sequence[Answer]], label: str) -> list[Answer]:
+        """`answer` of the samples `numbers`, a batch at a time, in order; gradients off, with a progress bar."""
+        return in_batches([(lambda number=number: self.split.sample(number)) for number in numbers], answer, self.batch, label)
+
+    def tensor(self, numbers: np.ndarray, answer: Callable[[list[Sample]], torch.Tensor], label: str) -> np.ndarray:
+        """As `batches` for an answer (B, ...) tensor: float32 (len(numbers), ...) in numpy."""
+        return np.stack(self.batches(numbers, lambda samples: list(answer(samples).float().cpu().numpy()), label))
+
+    def keep_picture(self, number: int) -> str | None:
+        """Put the sample's picture among the results, for the report; its path relative to their folder, if it has one."""
+        sample = self.split.sample(number, jpeg=True)
+        jpeg = sample.pictures[0].jpeg if sample.pictures else None
+        if jpeg is None:
+            return None
+        path = self.folder / "pictures" / f"{sample.key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, jpeg)
+        return str(path.relative_to(self.folder))
+
+    def finish(
+        self, metrics: Sequence[Metric], absent: Mapping[str, str] = {}, examples: Sequence[Mapping[str, Any]] = ()
+    ) -> Result:
+        """Write `<task>.json`, print its table and return the result."""
+        seconds = round(time.monotonic() - self.began, 2)
+        result = Result(self.name, tuple(metrics), self.provenance, seconds, dict(absent), list(examples))
+        path = write_result(result, self.folder)
+        print(results_table([result]), f"\nwritten to {path}\n", sep="\n")
+        return result
+
+
+def in_batches(
+    loads: Sequence[Callable[[], Sample]], answer: Callable[[list[Sample]], Sequence[Answer]], batch: int, label: str
+) -> list[Answer]:
+    """Load samples a batch at a time and collect the answers, in order; gradients off, with a progress bar."""
+    answers: list[Answer] = []
+    with torch.inference_mode(), progress(label, total=len(loads), unit="samples") as bar:
+        for first in range(0, len(loads), batch):
+            samples = [load() for load in loads[first : first + batch]]
+            answers += answer(samples)
+            bar.advance(len(samples))
+    return answers
+
+
+def open_task(name: str, verb: str, config: EvalConfig) -> Task:
+    """Open the model and the shards of `config`. Raises UserError when either is missing or the split is empty."""
+    began = time.monotonic()
+    if config.batch < 1:
+        raise UserError(f"--batch {config.batch} must be at least 1")
+    system = from_pretrained(config.model)
+    reader = ShardReader(config.shards)
+    check_extractors(system, config.shards, reader.manifest)
+    split = Split(reader, config.limit)
+    provenance = Provenance(
+        system=system.name,
+        model_sha256=json.loads((config.model / "config.json").read_text())["sha256"],
+        split_sha256=reader.fingerprint,
+        samples=len(split),
+        seed=config.seed,
+        command=command_line(verb, config),
+        code_version=code_version(),
+        tiny_networks=tiny_networks(reader.manifest.extractors),
+        extractors=reader.manifest.extractors,
+    )
+    folder = config.out or config.model.parent / "results"
+    return Task(name, system, split, folder, config.batch, provenance, began)
+
+
+def check_extractors(system: System, shards: Path, manifest: Manifest) -> None:
+    """Raises UserError when the shards' features come from other networks than those the model was trained on."""
+    for kind, about in manifest.extractors.items():
+        if system.facts.extractors.get(kind, about) != about:
+            raise UserError(
+                f"{shards}: its {kind} features come from another extractor than the model was trained with "
+                f"({about} against {system.facts.extractors[kind]}); extract the pictures again with the model's"
+            )
+
+
+def tiny_networks(extractors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which extractors say of themselves that they are tiny or untrained, in words."""
+    return tuple(
+        f"{word} network for {kind}"
+        for kind, about in extractors.items()
+        for word in ("tiny", "random")
+        if word in str(about).lower()
+    )
