@@ -20,7 +20,7 @@ import numpy as np
 from opt.data.record import Narration, Picture, Record
 
 PICTURE_ARRAYS = ("regions", "boxes", "classes", "scores", "codes")
-DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I16": np.dtype("<i2")}
+DTYPES: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I16": np.dtype("<i2")}
 FIRST_READ = 8192
 """Bytes read at once to get a record's header; most headers fit."""
 
