@@ -20,12 +20,12 @@ class TextEmbedder(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(positions, width)
-        self.type = nn.Parameter(torch.zeros(width))
+        self.modality = nn.Parameter(torch.zeros(width))
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, text: TextTable) -> Tensor:
         """(N, D)."""
-        hidden_ND = self.token(text.ids) + self.position(text.positions) + self.type
+        hidden_ND = self.token(text.ids) + self.position(text.positions) + self.modality
         return self.dropout(self.norm(hidden_ND))
 
 
@@ -37,14 +37,14 @@ class RegionEmbedder(nn.Module):
         self.mask = nn.Parameter(torch.zeros(feature_width))
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width)
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width)
-        self.type = nn.Parameter(torch.zeros(width))
+        self.modality = nn.Parameter(torch.zeros(width))
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, regions: RegionTable) -> Tensor:
         """(R, D)."""
         features_RF = torch.where(regions.masked[:, None], self.mask, regions.features)
         hidden_RD = self.feature_norm(self.feature(features_RF)) + self.box_norm(self.box(geometry(regions.boxes)))
-        return self.dropout(self.norm(hidden_RD + self.type))
+        return self.dropout(self.norm(hidden_RD + self.modality))
 
 
 class FrameEmbedder(nn.Module):
@@ -55,13 +55,13 @@ class FrameEmbedder(nn.Module):
         self.mask = nn.Parameter(torch.zeros(feature_width))
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width)
         self.position = nn.Embedding(positions, width)
-        self.type = nn.Parameter(torch.zeros(width))
+        self.modality = nn.Parameter(torch.zeros(width))
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, frames: FrameTable) -> Tensor:
         """(T, D)."""
         features_TF = torch.where(frames.masked[:, None], self.mask, frames.features)
-        hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions) + self.type
+        hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions) + self.modality
         return self.dropout(self.norm(hidden_TD))
 
 

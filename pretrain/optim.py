@@ -1,0 +1,49 @@
+"""Optimizer and schedule: AdamW without decay on vectors, linear warm-up, cosine or linear decay (opt-spec gap A15)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights move."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises from zero."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls to `final` of its height afterwards."""
+    final: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    """Not applied to biases, norms and other vectors."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, vectors and scalars do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The rate of step `step` (from 0) of `steps`."""
+    warm = max(1, round(config.warmup * steps))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    fraction = (step - warm) / max(1, steps - warm)
+    shape = (1 + math.cos(math.pi * fraction)) / 2 if config.decay == "cosine" else 1 - fraction
+    return config.learning_rate * (config.final + (1 - config.final) * shape)

@@ -1,0 +1,127 @@
+"""`opt pretrain`: a system's preset, shards and a folder become a run; the same command again goes on with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tyro
+
+from opt import config as configuration
+from opt.config import UserError
+from opt.data.manifest import Manifest
+from opt.data.shards import ShardReader
+from opt.data.tokenizer import Tokenizer
+from opt.files import write_atomic
+from opt.systems.system import DataFacts, System, build, load
+from pretrain.optim import OptimConfig
+from pretrain.trainer import LoopConfig, Trainer
+
+ModelConfig = TypeVar("ModelConfig")
+
+FREE = {"loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "dry_run"}
+"""Settings that may change between the starts of one run: they do not change what is learned."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Generic[ModelConfig]):
+    """What to train, on what, where to, and how."""
+
+    system: tyro.conf.Positional[str]
+    """A system's preset, such as opt.tiny."""
+    shards: Path
+    """Folder that `opt extract` wrote."""
+    out: Path
+    """The run's folder. The same command again goes on from its newest checkpoint."""
+    model: ModelConfig
+    vocabulary: Path | None = None
+    """A vocab.txt to read words from; without it WordPiece is trained on the captions of the shards."""
+    vocabulary_size: int = 2000
+    """Largest vocabulary trained on the captions."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    dry_run: bool = False
+    """Say what would be trained, and stop."""
+
+    @classmethod
+    def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
+        """The type and values to begin with: those of the preset named first on the line."""
+        preset = next((word for word in argv if not word.startswith("-")), "")
+        if not preset:
+            return PretrainConfig[type(load("opt.tiny"))], None  # type: ignore[misc]
+        model = load(preset)
+        missing: Any = tyro.MISSING
+        return PretrainConfig[type(model)], PretrainConfig(preset, missing, missing, model)  # type: ignore[misc]
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train a system on shards; run the same command again to go on after any stop.
+
+    Example: opt pretrain opt.tiny --shards runs/shards/train --out runs/first --loop.steps 500
+    """
+    reader = ShardReader(config.shards)
+    system, trainer_folder = _system(config, reader), config.out
+    if config.dry_run:
+        _describe(system, reader, config)
+        return
+    trainer_folder.mkdir(parents=True, exist_ok=True)
+    _same_run(config, reader.fingerprint)
+    trainer = Trainer(system, reader, trainer_folder, config.loop, config.optim)
+    if trainer.step >= config.loop.steps and (trainer_folder / "model" / "config.json").exists():
+        print(f"{trainer_folder} is finished: {trainer.step} steps; its model is {trainer_folder / 'model'}")
+        return
+    trainer.run()
+    print(f"trained {trainer.step} steps; the model is {trainer_folder / 'model'}")
+
+
+def _system(config: PretrainConfig, reader: ShardReader) -> System:
+    import torch
+
+    torch.manual_seed(config.loop.seed)
+    tokenizer = (
+        Tokenizer.from_vocab(config.vocabulary) if config.vocabulary is not None
+        else Tokenizer.train(reader.captions(), config.vocabulary_size)
+    )
+    return build(config.system.partition(".")[0], config.model, tokenizer, facts(reader.manifest))
+
+
+def facts(manifest: Manifest) -> DataFacts:
+    """What the shards fix for every system that reads them."""
+    return DataFacts(
+        region_width=manifest.region_width, region_classes=manifest.region_classes,
+        speech_width=manifest.speech_width, frame_rate=manifest.frame_rate, codebook=manifest.codebook,
+        extractors=manifest.extractors,
+    )
+
+
+def _describe(system: System, reader: ShardReader, config: PretrainConfig) -> None:
+    parameters = sum(parameter.numel() for parameter in system.parameters())
+    costs = system.preparer().cost(reader.lengths)
+    print(f"{config.system}: {parameters:,} parameters, {system.tokenizer.size:,} words in the vocabulary")
+    print(f"{len(reader):,} samples of {costs.mean():.0f} tokens on average")
+    print(f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens: "
+          f"{config.loop.steps * config.loop.batch_tokens / max(1, costs.sum()):.1f} epochs")
+    print(f"would write to {config.out}")
+
+
+def _same_run(config: PretrainConfig, fingerprint: str) -> None:
+    """Refuse to go on with a run under other settings or other data. Raises UserError naming the first difference."""
+    path = config.out / "config.json"
+    wanted = {**configuration.to_dict(config), "data": fingerprint}
+    if path.exists():
+        saved = _flat(json.loads(path.read_text()))
+        for key, value in _flat(wanted).items():
+            if key not in FREE and saved.get(key) != value:
+                raise UserError(f"{config.out} holds a run with {key} = {saved.get(key)!r}, not {value!r}; "
+                                "give another --out, or the same settings to go on")
+    write_atomic(path, json.dumps(wanted, indent=2).encode())
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+

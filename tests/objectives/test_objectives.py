@@ -1,0 +1,101 @@
+"""Objectives against values computed by hand: sums, counts, gradients' direction, empty targets."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opt.objectives.contrastive import in_batch
+from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
+from opt.objectives.matching import five_way
+from opt.objectives.term import Term, loss
+
+ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)
+
+
+def test_token_cross_entropy_sums_minus_log_probability() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [math.log(4.0), 0.0]])
+    term = token_cross_entropy(logits, torch.tensor([1, 1]), TWO)
+    assert term.total.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 5))
+    assert term.mean().item() == pytest.approx(term.total.item() / 2)
+
+
+def test_feature_regression_is_the_squared_distance_and_leaves_its_target_alone() -> None:
+    predicted = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[1.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    term = feature_regression(predicted, target, TWO)
+    assert term.total.item() == pytest.approx(4 / 2 + 25 / 2)
+    term.total.backward()
+    assert target.grad is None
+
+
+def test_frame_contrast_by_hand_counts_only_frames_of_the_same_recording() -> None:
+    frames = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
+    predicted = torch.tensor([[2.0, 0.0]])
+    term = frame_contrast(predicted, frames, torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 0, 1, 0]), ONE, 0.5)
+    similar = np.array([1.0, 0.0, 0.6]) / 0.5  # the third frame is of another recording
+    assert term.total.item() == pytest.approx(-math.log(math.exp(similar[0]) / np.exp(similar).sum()), abs=1e-5)
+
+
+def test_frame_contrast_is_smallest_at_the_perfect_prediction() -> None:
+    """The official code trains the opposite (opt-spec 8.1, defect 1)."""
+    torch.manual_seed(0)
+    frames = torch.randn(8, 6)
+    own, same = torch.tensor([3]), torch.zeros(1, dtype=torch.long)
+
+    def value(predicted: torch.Tensor) -> float:
+        return frame_contrast(predicted[None], frames, own, same, torch.zeros(8, dtype=torch.long), ONE).total.item()
+
+    perfect = value(frames[3])
+    assert all(perfect < value(torch.randn(6)) for _ in range(50))
+    assert perfect < value(frames[3] + 0.3 * torch.randn(6)) < value(-frames[3])
+
+
+def test_five_way_matching_by_hand() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.0, 0.5, -3.0]])
+    term = five_way(logits, torch.tensor([0]), ONE)
+    sigmoid = 1 / (1 + np.exp(-logits[0].numpy()))
+    wanted = -math.log(sigmoid[0]) - np.log(1 - sigmoid[1:]).sum()
+    assert term.total.item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_in_batch_contrast_by_hand_and_same_pictures_are_no_negatives() -> None:
+    first = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=-1)
+    second = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.3, 1.0], [1.0, 0.8]]), dim=-1)
+    logits = (3.0 * first @ second.T).numpy()
+    logits[0, 2] = logits[2, 0] = -np.inf
+    wanted = 0.0
+    for matrix in (logits, logits.T):
+        for row in range(3):
+            wanted -= (matrix[row, row] - np.log(np.exp(matrix[row]).sum())) / 2
+    term = in_batch(first, second, torch.tensor([5, 6, 5]), torch.tensor(3.0), torch.tensor(3.0))
+    assert term.total.item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("term", [
+    token_cross_entropy(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
+    feature_regression(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.tensor(0.0)),
+    frame_contrast(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
+                   torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
+    five_way(torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
+    in_batch(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), ONE,
+             torch.tensor(0.0)),
+])
+def test_no_targets_give_zero_and_a_gradient_path(term: Term) -> None:
+    assert term.mean().item() == 0.0
+    term.total.backward()
+
+
+def test_the_loss_is_the_weighted_sum_of_means_and_splits_add_up() -> None:
+    terms = {"a": Term(torch.tensor(6.0), torch.tensor(3.0)), "b": Term(torch.tensor(4.0), TWO, weight=0.5)}
+    assert loss(terms).item() == pytest.approx(3.0)
+    logits, target, count = torch.randn(10, 7), torch.randint(0, 7, (10,)), torch.tensor(10.0)
+    whole = token_cross_entropy(logits, target, count).mean()
+    parts = [token_cross_entropy(logits[part], target[part], count).mean() for part in (slice(0, 3), slice(3, 10))]
+    assert whole.item() == pytest.approx(float(sum(parts)), abs=1e-6)
+
+
+def test_a_loss_without_terms_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one term"):
+        loss({})

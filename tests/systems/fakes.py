@@ -1,0 +1,34 @@
+"""Made-up samples whose three modalities agree, for tests of systems."""
+
+import numpy as np
+
+from opt.data.record import Picture, Sample
+from opt.data.tokenizer import Tokenizer
+from opt.systems.system import DataFacts
+
+WORDS = ["red", "blue", "green", "circle", "square", "star"]
+FACTS = DataFacts(region_width=12, region_classes=tuple(WORDS), speech_width=10, frame_rate=10.0, codebook=16)
+
+
+def tokenizer() -> Tokenizer:
+    """Whole words only."""
+    return Tokenizer.train([" ".join(WORDS), "a and the"] * 4, 60)
+
+
+def fake_sample(number: int, regions: bool = True, caption: bool = True, speech: bool = True) -> Sample:
+    """Sample `number`: its words choose its regions, its frames and its codes."""
+    rng = np.random.default_rng(number)
+    words = rng.integers(len(WORDS), size=int(rng.integers(2, 6)))
+    table = np.random.default_rng(0).normal(size=(len(WORDS), 22)).astype(np.float32)
+    noise = rng.normal(scale=0.1, size=(len(words), 22)).astype(np.float32)
+    corners = np.sort(rng.random((len(words), 2, 2), np.float32), axis=1).reshape(-1, 4)
+    picture = Picture(
+        64, 64, regions=table[words, :12].astype(np.float16) + noise[:, :12].astype(np.float16), boxes=corners,
+        classes=words.astype(np.int16), scores=np.full(len(words), 0.9, np.float32),
+        codes=np.resize(words, (8, 8)).astype(np.int16),
+    )
+    frames = np.repeat((table[words, 12:] + noise[:, 12:]).astype(np.float16), 2, axis=0)
+    return Sample(
+        key=f"sample{number}", pictures=(picture,) if regions else (), narration=0, narration_id="0",
+        caption=" ".join(WORDS[word] for word in words) if caption else None, speech=frames if speech else None,
+    )
