@@ -30,8 +30,8 @@ def normalise(text: str) -> str:
 def ranks(scores_QC: np.ndarray, positive_QC: np.ndarray) -> np.ndarray:
     """Rank of each query's best positive, float (Q,), from 1; infinite where a query has no positive.
 
-    1 + number of negatives above it + the expected number of its equals that a fair draw puts before it: m equal negatives and
-    p equal positives put m / (p + 1) in front, so one positive among m equals stands at 1 + m / 2. No sort decides.
+    1 + number of negatives above it + how many of its equals a fair draw puts before it, in expectation: with m equal
+    negatives and p equal positives m / (p + 1), so one positive among m equals stands at 1 + m / 2. No sort decides.
     """
     best_Q = np.max(np.where(positive_QC, scores_QC, -np.inf), axis=1, keepdims=True)
     above_Q = (~positive_QC & (scores_QC > best_Q)).sum(1)
@@ -86,7 +86,7 @@ def word_errors(reference: str, hypothesis: str) -> int:
 
 
 def word_f1(hypothesis: str, references: Sequence[str]) -> float:
-    """Overlap of words (with their counts) between two normalised texts, as F1; the best reference counts. In [0, 1]."""
+    """Overlap of words (with their counts) between normalised texts, as F1 in [0, 1]; the best reference counts."""
     words = Counter(hypothesis.split())
     best = 0.0
     for reference in references:
@@ -132,7 +132,9 @@ def average_precision(scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: 
     return result_SC[0] if weights_SN is None else result_SC
 
 
-def mean_average_precision(scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None) -> np.ndarray:
+def mean_average_precision(
+    scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None
+) -> np.ndarray:
     """Mean of `average_precision` over the classes that have a positive: () or, with weights, (S,)."""
     return np.asarray(np.nanmean(average_precision(scores_NC, labels_NC, weights_SN), axis=-1))
 

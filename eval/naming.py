@@ -1,8 +1,8 @@
 """Which labelled objects a text names: "two small red striped circles" names "red circle".
 
-A label is a head noun with its modifiers before it ("red circle", "dining table", "dog"). A text names it where the head
-stands, singular or plural, with every modifier before it in the same noun phrase, whatever else stands between. Where
-several labels fit one place, the most specific win, so that "a hot dog" names no dog.
+A label is a head noun with its modifiers before it ("red circle", "dining table", "dog"). A text names it where the
+head stands, singular or plural, with every modifier before it in the same noun phrase, whatever else stands between.
+Where several labels fit one place, the most specific win, so that "a hot dog" names no dog.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from feature_extract.sources.item import clean_key
 from opt.config import UserError
 
-PHRASE_ENDS = frozenset(
-    "a an the this that these those and or but with without of in on at to from by for near is are was were has have "
-    "there here it its they them he she his her their above below under over beside behind between left right one two "
-    "three four five six seven eight nine ten some many several no another other each every next".split()
-)
+_ENDS = """
+a an the this that these those and or but with without of in on at to from by for near is are was were has have there
+here it its they them he she his her their above below under over beside behind between left right one two three four
+five six seven eight nine ten some many several no another other each every next
+"""
+PHRASE_ENDS = frozenset(_ENDS.split())
 """Words that no noun phrase reaches across: articles, conjunctions, prepositions, verbs, numbers."""
 
 
@@ -40,9 +41,13 @@ class LabelFinder:
         found: set[str] = set()
         phrase: set[str] = set()
         for word in re.findall(r"\w+|[^\w\s]", text.lower()):
-            fitting = [(len(modifiers), label) for modifiers, label in self._by_head.get(word, ()) if modifiers <= phrase]
+            fitting = [
+                (len(modifiers), label) for modifiers, label in self._by_head.get(word, ()) if modifiers <= phrase
+            ]
             found |= {label for count, label in fitting if count == max(fitting)[0]}
-            if word in self._by_head:  # a head ends its phrase, unless it modifies the next: "diamond" in "diamond ring"
+            if (
+                word in self._by_head
+            ):  # a head ends its phrase, unless it modifies the next: "diamond" in "diamond ring"
                 phrase = {word} & self._modifiers
             elif word in PHRASE_ENDS or not word[0].isalnum():
                 phrase = set()
@@ -52,9 +57,9 @@ class LabelFinder:
 
 
 def read_labels(path: Path) -> dict[str, frozenset[str]]:
-    """Labels of each picture by record key, from lines {"image_id", "labels": [...]}. Raises UserError naming the line."""
+    """Labels of each picture by record key, from lines {"image_id", "labels"}. Raises UserError naming the line."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a file of lines {{\"image_id\": ..., \"labels\": [...]}}")
+        raise UserError(f'{path} does not exist; expected a file of lines {{"image_id": ..., "labels": [...]}}')
     labels: dict[str, frozenset[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

@@ -1,8 +1,8 @@
 """A result: figures that carry their protocol, as one JSON file a task.
 
-    Metric      one figure: value, n, 95 % interval, chance level, direction, candidates, normaliser, re-rank k
-    Provenance  what it was measured with: model and split by hash, code version, seed, command, tiny or random networks
-    Result      the metrics of one task, what is absent and why, examples for the report -> <results>/<task>.json
+Metric      one figure: value, n, 95 % interval, chance level, direction, candidates, normaliser, re-rank k
+Provenance  what it was measured with: model and split by hash, code version, seed, command, tiny or random networks
+Result      the metrics of one task, what is absent and why, examples for the report -> <results>/<task>.json
 """
 
 from __future__ import annotations
@@ -82,7 +82,12 @@ class Result:
 
 
 def measured(
-    name: str, values: np.ndarray, seed: int, sizes: np.ndarray | None = None, groups: np.ndarray | None = None, **fields: Any
+    name: str,
+    values: np.ndarray,
+    seed: int,
+    sizes: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    **fields: Any,
 ) -> Metric:
     """The metric sum(values) / sum(sizes) (without sizes, the mean) with its interval; see `metrics.bootstrap`."""
     total = float(len(values) if sizes is None else np.sum(sizes))

@@ -1,10 +1,11 @@
 """Retrieval between pictures, text and speech: recall at 1, 5 and 10 in five directions.
 
-    samples --system.embed--> unit vectors --matrix product--> rank of the right candidate, by alignment alone
-                                               \\--first k--> system.score of every pair --> rank re-ranked by matching (ALBEF)
+    samples --system.embed--> unit vectors --matrix product--> rank of the right candidate by alignment alone
+                                               \\--first k--> system.score of every pair --> rank by matching (ALBEF)
 
-A query is one caption or recording, or one distinct picture; a hit is any candidate with the query's key, so that each of
-several narrations of a picture is right. Shape legend: Q queries, C candidates, k re-ranked candidates, E embedding width.
+A query is one caption or recording, or one distinct picture; a hit is any candidate with the query's key, so that each
+of several narrations of a picture is right.
+Shape legend: Q queries, C candidates, k re-ranked candidates, E embedding width.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class RetrievalConfig(EvalConfig):
 
 
 class Search(NamedTuple):
-    """One direction: sample numbers of queries (Q,) and candidates (C,), ranks (Q,), places of the first k candidates (Q, k)."""
+    """One direction: sample numbers of queries (Q,) and candidates (C,), ranks (Q,), places of the first k (Q, k)."""
 
     queries: np.ndarray
     candidates: np.ndarray
@@ -85,9 +86,7 @@ def retrieval(config: RetrievalConfig) -> None:
     task.finish(*measure(task, config))
 
 
-def measure(
-    task: Task, config: RetrievalConfig
-) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task, config: RetrievalConfig) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
     """Metrics, absent ones with reasons, and example searches. Raises UserError when no direction can be measured."""
     metrics: list[Metric] = []
     absent: dict[str, str] = {}
@@ -130,7 +129,9 @@ def _search(task: Task, config: RetrievalConfig, embeddings: Embeddings, given: 
     candidate_CE = embeddings.of((sought,), candidates)
     queries = queries[answerable]
     depth = min(max(config.rerank, SHOWN_CANDIDATES), len(candidates))
-    shuffled = np.random.default_rng(config.seed).permutation(len(candidates))  # equals at the cut: no order is favoured
+    shuffled = np.random.default_rng(config.seed).permutation(
+        len(candidates)
+    )  # equals at the cut: no order is favoured
     rank, first = [], []
     for start in range(0, len(queries), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -200,7 +201,13 @@ def _about(split: Split, direction: str, search: Search) -> dict[str, Any]:
 
 
 def _recalls(
-    task: Task, config: RetrievalConfig, direction: str, suffix: str, search: Search, rank: np.ndarray, about: dict[str, Any]
+    task: Task,
+    config: RetrievalConfig,
+    direction: str,
+    suffix: str,
+    search: Search,
+    rank: np.ndarray,
+    about: dict[str, Any],
 ) -> list[Metric]:
     groups = task.split.groups
     right = Counter(groups[search.candidates].tolist())

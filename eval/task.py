@@ -1,6 +1,8 @@
 """What every evaluation begins and ends with: a model and a split opened, samples in batches, one result file written.
 
-    EvalConfig --open_task--> Task(system, split, provenance) --a verb's own measure--> metrics --Task.finish--> JSON + table
+    EvalConfig --open_task--> Task(system, split, provenance) --measure--> metrics --Task.finish--> JSON + table
+
+Each verb brings its own `measure`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +24,6 @@ from eval.result import Metric, Provenance, Result, code_version, command_line, 
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample
-from opt.data.manifest import Manifest
 from opt.data.shards import ShardReader
 from opt.files import write_atomic
 from opt.progress import progress
@@ -96,16 +98,43 @@ class Task:
     provenance: Provenance
     began: float
 
-    def batches(self, numbers: np.ndarray, answer: Callable[[list[Sample]], Sequence[Answer]], label: str) -> list[Answer]:
-        """`answer` of the samples `numbers`, a batch at a time, in order; gradients off, with a progress bar."""
-        return in_batches([(lambda number=number: self.split.sample(number)) for number in numbers], answer, self.batch, label)
+    def batches(
+        self,
+        numbers: np.ndarray,
+        answer: Callable[[list[Sample]], Sequence[Answer]],
+        label: str,
+        split: Split | None = None,
+    ) -> list[Answer]:
+        """`answer` of the samples `numbers`, of the task's split or another, in order; see `in_batches`."""
+        sample = (split or self.split).sample
+        return in_batches([partial(sample, int(number)) for number in numbers], answer, self.batch, label)
 
-    def tensor(self, numbers: np.ndarray, answer: Callable[[list[Sample]], torch.Tensor], label: str) -> np.ndarray:
-        """As `batches` for an answer (B, ...) tensor: float32 (len(numbers), ...) in numpy."""
-        return np.stack(self.batches(numbers, lambda samples: list(answer(samples).float().cpu().numpy()), label))
+    def tensor(
+        self,
+        numbers: np.ndarray,
+        answer: Callable[[list[Sample]], torch.Tensor],
+        label: str,
+        split: Split | None = None,
+    ) -> np.ndarray:
+        """As `batches` for an answer that is a tensor (B, ...): float32 (len(numbers), ...) in numpy."""
+        return np.stack(
+            self.batches(numbers, lambda samples: list(answer(samples).float().cpu().numpy()), label, split)
+        )
+
+    def strangers(self, numbers: np.ndarray) -> np.ndarray:
+        """For each of `numbers` one that shows another picture, drawn by the seed: a partner for chance levels.
+
+        A partner shows the same picture only where one picture makes up most of `numbers`.
+        """
+        groups = self.split.groups
+        place = np.random.default_rng(self.provenance.seed).permutation(groups.max() + 1)
+        order = numbers[np.argsort(place[groups[numbers]], kind="stable")]  # narrations of a picture lie together
+        longest = int(np.unique(groups[numbers], return_counts=True)[1].max())
+        partner = dict(zip(order.tolist(), np.roll(order, longest).tolist(), strict=True))
+        return np.array([partner[number] for number in numbers.tolist()])
 
     def keep_picture(self, number: int) -> str | None:
-        """Put the sample's picture among the results, for the report; its path relative to their folder, if it has one."""
+        """Copy the sample's picture, if it has one, to the results for the report; returns its path in their folder."""
         sample = self.split.sample(number, jpeg=True)
         jpeg = sample.pictures[0].jpeg if sample.pictures else None
         if jpeg is None:
@@ -145,9 +174,8 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
     if config.batch < 1:
         raise UserError(f"--batch {config.batch} must be at least 1")
     system = from_pretrained(config.model)
-    reader = ShardReader(config.shards)
-    check_extractors(system, config.shards, reader.manifest)
-    split = Split(reader, config.limit)
+    split = open_split(config.shards, config.limit, system)
+    reader = split.reader
     provenance = Provenance(
         system=system.name,
         model_sha256=json.loads((config.model / "config.json").read_text())["sha256"],
@@ -163,14 +191,16 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
     return Task(name, system, split, folder, config.batch, provenance, began)
 
 
-def check_extractors(system: System, shards: Path, manifest: Manifest) -> None:
-    """Raises UserError when the shards' features come from other networks than those the model was trained on."""
-    for kind, about in manifest.extractors.items():
+def open_split(folder: Path, limit: int | None, system: System) -> Split:
+    """Open shards for `system`. Raises UserError when they are none, empty, or made by other networks than it reads."""
+    reader = ShardReader(folder)
+    for kind, about in reader.manifest.extractors.items():
         if system.facts.extractors.get(kind, about) != about:
             raise UserError(
-                f"{shards}: its {kind} features come from another extractor than the model was trained with "
-                f"({about} against {system.facts.extractors[kind]}); extract the pictures again with the model's"
+                f"{folder}: its {kind} come from another extractor than the model was trained with "
+                f"({about} against {system.facts.extractors[kind]}); extract these pictures again with the model's"
             )
+    return Split(reader, limit)
 
 
 def tiny_networks(extractors: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A split and a system whose right answers are known.
 
-Picture p is 100 + p pixels wide, its recordings begin with the number p, its captions end with "number p": so a system can read
-which picture every part of a sample belongs to, and be as right or as wrong as a test wants.
+Picture p is 100 + p pixels wide, its recordings begin with the number p, its captions end with "number p": so a system
+can read which picture every part of a sample belongs to, and be as right or as wrong as a test wants.
 """
 
 import io
@@ -75,7 +75,9 @@ class FakeSystem(System):
 
     def features(self, samples, modalities):
         noise = torch.Generator().manual_seed(len(modalities))
-        vectors = sum(torch.nn.functional.one_hot(torch.tensor([self.number(s, m) for s in samples]), 64) for m in modalities)
+        vectors = sum(
+            torch.nn.functional.one_hot(torch.tensor([self.number(s, m) for s in samples]), 64) for m in modalities
+        )
         return vectors.float() + 0.1 * torch.randn(len(samples), 64, generator=noise)
 
     def generate_text(self, samples, modalities, sampling):
@@ -107,12 +109,14 @@ def make_samples(pictures, narrations=1):
 
 @pytest.fixture
 def make_task(tmp_path):
-    """make_task(samples or (pictures, narrations), blurred=()) -> Task on a FakeSystem, results in tmp_path / results."""
+    """make_task(samples or (pictures, narrations), blurred=()) -> Task on a FakeSystem, results in tmp_path."""
 
     def make(samples, blurred=(), limit=None, batch=4):
         samples = make_samples(*samples) if isinstance(samples, tuple) else samples
         provenance = Provenance("fake", "m" * 64, "f" * 64, len(samples), 0, "opt eval fake", "0.1.0")
         folder = tmp_path / "results"
-        return Task("fake", FakeSystem(blurred), Split(FakeReader(samples), limit), folder, batch, provenance, time.monotonic())
+        return Task(
+            "fake", FakeSystem(blurred), Split(FakeReader(samples), limit), folder, batch, provenance, time.monotonic()
+        )
 
     return make

@@ -1,0 +1,100 @@
+"""Transcription: what is said in a recording, by the text decoder, from sound alone and from picture and sound.
+
+recordings --system.generate_text--> hypotheses --normalise, align words--> errors / reference words (corpus WER)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.metrics import NORMALISER, normalise, word_errors
+from eval.result import Metric, measured
+from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from opt.config import UserError
+from opt.systems.system import Sampling
+
+GIVEN = {"transcribe.wer": ("audio",), "transcribe.wer_image_audio": ("image", "audio")}
+
+
+@dataclass
+class TranscribeConfig(EvalConfig):
+    """Options of `opt eval transcribe`."""
+
+
+def transcribe(config: TranscribeConfig) -> None:
+    """Write down what is said, from the recording alone and with its picture: word error rate.
+
+    Example: opt eval transcribe runs/demo/model runs/demo/shards/test
+    """
+    task = open_task("transcribe", "transcribe", config)
+    task.finish(*measure(task))
+
+
+def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+    """Metrics, absent ones with reasons, and examples. Raises UserError when no recording has a transcript."""
+    numbers = task.split.with_all(("text", "audio"))
+    references = {number: normalise(task.split.captions[number] or "") for number in numbers}
+    spoken = np.array([number for number in numbers if references[number]], np.int64)
+    if not len(spoken):
+        raise UserError("nothing to transcribe: the shards hold no recording with its words")
+    dropped = len(numbers) - len(spoken)
+    metrics: list[Metric] = []
+    absent: dict[str, str] = {}
+    hypotheses: dict[tuple[str, ...], dict[int, str]] = {}
+    for name, given in GIVEN.items():
+        some = spoken[task.split.has["image"][spoken]] if "image" in given else spoken
+        if not len(some):
+            absent[name] = "the shards hold no picture with speech"
+            continue
+        texts = task.batches(
+            some, lambda samples, given=given: task.system.generate_text(samples, given, Sampling()),
+            f"transcribe from {' + '.join(given)}",
+        )  # fmt: skip
+        hypotheses[given] = dict(zip(some.tolist(), texts, strict=True))
+        metrics.append(_word_error_rate(task, name, given, some, references, hypotheses[given], dropped))
+    shown = task.split.one_a_picture(spoken)[:EXAMPLES]
+    return metrics, absent, [_example(task, int(number), hypotheses) for number in shown]
+
+
+def _word_error_rate(
+    task: Task,
+    name: str,
+    given: tuple[str, ...],
+    numbers: np.ndarray,
+    references: dict[int, str],
+    hypotheses: dict[int, str],
+    dropped: int,
+) -> Metric:
+    """Corpus WER, beside that of captions handed to the wrong recordings."""
+    words = np.array([len(references[number].split()) for number in numbers])
+    errors = np.array([word_errors(references[number], normalise(hypotheses[number])) for number in numbers])
+    others = task.strangers(numbers)
+    guesses = [
+        word_errors(references[number], references[other]) for number, other in zip(numbers, others, strict=True)
+    ]
+    return measured(
+        name,
+        errors,
+        task.provenance.seed,
+        sizes=words,
+        groups=task.split.groups[numbers],
+        chance=float(np.sum(guesses) / words.sum()),
+        chance_method="captions of other pictures",
+        better="lower",
+        modalities=given,
+        direction=f"{' + '.join(given)} -> text",
+        normaliser=NORMALISER,
+        note=f"{dropped} recordings without words left out; greedy decoding" if dropped else "greedy decoding",
+    )
+
+
+def _example(task: Task, number: int, hypotheses: dict[tuple[str, ...], dict[int, str]]) -> dict[str, Any]:
+    return {
+        "key": task.split.keys[number],
+        "picture": task.keep_picture(number),
+        "reference": task.split.captions[number],
+        "hypotheses": {" + ".join(given): texts[number] for given, texts in hypotheses.items() if number in texts},
+    }
