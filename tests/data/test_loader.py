@@ -1,0 +1,118 @@
+"""The loader: the same batches whatever the workers, from any position; errors that name their sample."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from opt.config import UserError
+from opt.data.loader import Loader
+from opt.data.manifest import write_manifest
+from opt.data.plan import BatchPlan, Plan, Tasks
+from opt.data.record import Narration, Record, Sample
+from opt.data.shards import ShardReader, ShardWriter
+
+TASKS = Tasks(("read", "match"), (0.5, 0.5), ("match",))
+
+
+class Preparer:
+    """Sums each row's speech, adds its partners' and noise from its key: everything a batch may depend on."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+
+    def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> dict[str, Tensor]:
+        wanted = {*plan.sample.tolist(), *plan.partners.ravel().tolist()} - {-1}
+        assert wanted <= set(samples)
+        rows = []
+        for number, partners, key in zip(plan.sample, plan.partners, plan.key, strict=True):
+            if samples[number].key == self.broken:
+                raise ZeroDivisionError
+            speech = [samples[n].speech for n in (number, *partners) if n >= 0]
+            noise = np.random.Generator(np.random.Philox(key=int(key))).random()
+            rows.append(noise + sum(float(one.sum()) for one in speech if one is not None))
+        return {"value": torch.tensor(rows), "sample": torch.from_numpy(plan.sample), "threads": one_thread()}
+
+
+def one_thread() -> Tensor:
+    return torch.tensor(torch.get_num_threads())
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> ShardReader:
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        with ShardWriter(tmp_path, f"{shard:05d}") as writer:
+            for number in range(20):
+                speech = rng.standard_normal((4, 3)).astype(np.float16)
+                writer.write(Record(f"k{shard}-{number}", (), (Narration("0", "words", speech, 10.0, 0.4),)))
+    write_manifest(tmp_path, [f"{shard:05d}" for shard in range(3)], {}, (), 0)
+    return ShardReader(tmp_path)
+
+
+def plan(reader: ShardReader) -> Plan:
+    return Plan(0, reader.lengths.frames + reader.lengths.words, 80, TASKS, reader.key_hash, 4)
+
+
+def take(loader: Loader, count: int) -> list[tuple[list[float], list[int], int]]:
+    return [(b["value"].tolist(), b["sample"].tolist(), position) for b, position in islice(loader, count)]
+
+
+def test_workers_change_nothing(reader: ShardReader) -> None:
+    alone = take(Loader(reader, plan(reader), Preparer(), workers=0), 12)
+    for workers in (1, 2):
+        assert take(Loader(reader, plan(reader), Preparer(), workers=workers), 12) == alone
+        resumed = Loader(reader, plan(reader), Preparer(), position=alone[4][2], workers=workers)
+        assert take(resumed, 7) == alone[5:]
+    assert [position for *_, position in alone[:-1]] == [b.position for b in islice(plan(reader).batches(), 1, 12)]
+
+
+def test_ranks_read_their_rows(reader: ShardReader) -> None:
+    whole = take(Loader(reader, plan(reader), Preparer(), workers=0), 5)
+    parts = [take(Loader(reader, plan(reader), Preparer(), rank=r, world=2, workers=0), 5) for r in range(2)]
+    for (values, samples, position), *halves in zip(whole, *parts, strict=True):
+        for rank, half in enumerate(halves):
+            assert half == (values[rank::2], samples[rank::2], position)
+    with pytest.raises(UserError, match="do not split among 3"):
+        Loader(reader, plan(reader), Preparer(), world=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_name_the_sample(reader: ShardReader, workers: int) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)ZeroDivisionError.*position \d+.*on 'k1-7'"):
+        take(Loader(reader, plan(reader), Preparer("k1-7"), workers=workers), 20)
+    content = bytearray((reader.folder / "00002.tar").read_bytes())
+    content[700] ^= 1
+    (reader.folder / "00002.tar").write_bytes(content)
+    with pytest.raises(UserError, match="key 'k2-0' are damaged"):
+        take(Loader(reader, plan(reader), Preparer(), workers=workers), 20)
+
+
+def test_workers_use_one_thread_and_end(reader: ShardReader) -> None:
+    loader = Loader(reader, plan(reader), Preparer(), workers=2)
+    batches = iter(loader)
+    batch, _ = next(batches)
+    assert int(batch["threads"]) == 1 and len(multiprocessing.active_children()) == 2
+    batches.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_waiting_is_counted(reader: ShardReader) -> None:
+    class Slow(Preparer):
+        def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> dict[str, Tensor]:
+            time.sleep(0.05)
+            return super().__call__(samples, plan)
+
+    loader = Loader(reader, plan(reader), Slow(), workers=0)
+    take(loader, 4)
+    assert 0.2 <= loader.waited < 2
