@@ -2,7 +2,7 @@
 
     scenes -> extract -> pretrain -> eval retrieval | transcribe | caption | text-to-image | classify -> report
 
-Every stage is the verb that a user would type; it is printed before it runs. Stopped anywhere, the same command goes on.
+Every stage is the verb that a user would type, printed before it runs. Stopped anywhere, the same command goes on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def demo(config: DemoConfig) -> None:
             continue
         began = time.perf_counter()
         if status := cli.main(argv):
-            raise UserError(f"the stage {name!r} ended with status {status}; mend what it says, then run the demo again")
+            raise UserError(f"stage {name!r} ended with status {status}; mend what it says, run the demo again")
         seconds[name] = seconds.get(name, 0.0) + round(time.perf_counter() - began, 1)
         seconds["total"] = round(sum(value for key, value in seconds.items() if key != "total"), 1)
         write_atomic(config.out / "seconds.json", json.dumps(seconds).encode())

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opt.data.loader import Loader
 from torch import Tensor
 
 from opt.checkpoint import load_state, newest_state, save_pretrained, save_state
 from opt.config import UserError
 from opt.data.batch import Batch
-from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.objectives.term import Term, loss
@@ -116,7 +116,7 @@ class Trainer:
         rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
         metrics.append({**values, "learning_rate": rate, "seconds": round(seconds, 3)})
         if not torch.isfinite(torch.tensor([values["loss"], values["gradient_norm"]])).all():
-            raise UserError(f"the loss is not finite at step {self.step}; the last batch held {', '.join(batch.keys[:8])}"
+            raise UserError(f"the loss is not finite at step {self.step}, with {', '.join(batch.keys[:8])} in the batch"
                             "; try a lower --optim.learning-rate or --loop.precision float32")
         return (f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, "
                 f"waiting {values['wait_share']:.0%}")

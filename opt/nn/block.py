@@ -6,6 +6,7 @@ Shape legend: N tokens, M context tokens, D width, B sequences, L cached length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +114,13 @@ class Stack(nn.Module):
         for block in self.blocks:
             hidden_ND = block(hidden_ND, layout, context_MD, context_layout)
         return self.final_norm(hidden_ND)
+
+    def start(self, context_BLD: Tensor, context_valid_BL: Tensor) -> list[BlockCache]:
+        """Caches of all blocks for step-by-step decoding over a padded context."""
+        return [cast(Block, block).cache(context_BLD, context_valid_BL) for block in self.blocks]
+
+    def step(self, hidden_BD: Tensor, caches: list[BlockCache]) -> Tensor:
+        """One new token a sequence through all blocks: (B, D) -> (B, D); the caches grow."""
+        for block, cache in zip(self.blocks, caches, strict=True):
+            hidden_BD = cast(Block, block).step(hidden_BD, cache)
+        return self.final_norm(hidden_BD)

@@ -42,14 +42,12 @@ class Decoder(nn.Module):
 
     def start(self, context_BLD: Tensor, context_valid_BL: Tensor) -> list[BlockCache]:
         """Caches for step-by-step generation over a padded context."""
-        return [block.cache(context_BLD, context_valid_BL) for block in self.stack.blocks]
+        return self.stack.start(context_BLD, context_valid_BL)
 
     def step(self, ids_B: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor) -> Tensor:
         """Logits (B, V) of the token after `ids_B`, which stands at `position`; the caches grow."""
         hidden_BD = self._embed(ids_B, torch.full_like(ids_B, position), table_VD)
-        for block, cache in zip(self.stack.blocks, caches, strict=True):
-            hidden_BD = block.step(hidden_BD, cache)
-        return self.logits(self.stack.final_norm(hidden_BD), table_VD)
+        return self.logits(self.stack.step(hidden_BD, caches), table_VD)
 
     def _embed(self, ids: Tensor, positions: Tensor, table_VD: Tensor) -> Tensor:
         return self.dropout(self.embed_norm(F.embedding(ids, table_VD) + self.position(positions)))

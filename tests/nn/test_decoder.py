@@ -25,7 +25,7 @@ def test_cached_steps_equal_the_packed_run() -> None:
     torch.testing.assert_close(stepped, packed, atol=1e-5, rtol=1e-4)
 
 
-def scripted(table: torch.Tensor):  # noqa: ANN201
+def scripted(table: torch.Tensor):
     """A step whose logits depend on position alone: table (L, B, V)."""
     return lambda ids, position: table[position]
 

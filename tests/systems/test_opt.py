@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fakes import FACTS, fake_sample, tokenizer
+from fixtures import FACTS, WORDS, fake_sample, tokenizer
 
 from opt.checkpoint import from_pretrained, save_pretrained
 from opt.config import UserError
@@ -25,7 +25,8 @@ def plan(task: str, rows: int = 12, seed: int = 0) -> BatchPlan:
     return BatchPlan(
         sample=numbers, task=np.full(rows, TASKS.index(task)),
         partners=np.stack([(numbers + 1) % rows, (numbers + 2) % rows], axis=1),
-        key=np.random.default_rng(seed).integers(2**62, size=rows).astype(np.uint64), position=0, epoch=0,
+        key=np.random.default_rng(seed).integers(2**62, size=rows).astype(np.uint64),
+        epoch=0, position=0, next_position=rows,
     )
 
 
@@ -138,7 +139,8 @@ def test_a_row_is_the_same_whoever_shares_its_batch() -> None:
     together = system(rows(SAMPLES, whole), Progress(0, 0.0)).terms["mlm"].total
     alone = torch.zeros(())
     for row in range(12):
-        one = BatchPlan(whole.sample[[row]], whole.task[[row]], np.full((1, 2), -1), whole.key[[row]], 0, 0)
+        one = dataclasses.replace(whole, sample=whole.sample[[row]], task=whole.task[[row]],
+                                  partners=np.full((1, 2), -1), key=whole.key[[row]])
         alone = alone + system(rows(SAMPLES, one), Progress(0, 0.0)).terms["mlm"].total
     assert together.item() == pytest.approx(alone.item(), rel=1e-4)
 
@@ -180,29 +182,29 @@ def test_samples_without_a_modality_train_and_are_refused_where_it_is_asked_for(
 
 
 def test_it_learns_a_batch_by_heart() -> None:
-    """After 150 steps on twelve samples it finds partners, writes captions from speech, and draws the codes."""
+    """After 300 steps on twelve samples it finds partners, and writes and draws better than guessing."""
     config = dataclasses.replace(SMALL, shares=Shares(), modality_rate=0.3)
     system = model(config)
     rows, optimizer = system.preparer(), torch.optim.Adam(system.parameters(), 3e-3)
-    numbers = np.arange(12)
-    for step in range(150):
+    numbers, losses = np.arange(12), []
+    for step in range(300):
         mixed = plan(TASKS[0], seed=step)
         mixed = dataclasses.replace(mixed, task=np.random.default_rng(step).permutation(numbers % len(TASKS)))
-        total = loss(system(rows(SAMPLES, mixed), Progress(step, 0.0)).terms)
-        first = total.item() if step == 0 else first
+        terms = system(rows(SAMPLES, mixed), Progress(step, 0.0)).terms
+        total = loss(terms)
+        losses.append(total.item())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert total.item() < 0.4 * first
-    system.eval()
+    assert losses[-1] < 0.4 * losses[0]
+    assert terms["dtr"].mean() < 0.7 * np.log(len(WORDS)), "below guessing among the words"
+    assert terms["dir"].mean() < 0.3 * np.log(len(WORDS)), "below guessing among the codes that occur"
     samples = list(SAMPLES.values())
-    similar = system.embed(samples, ["text"]) @ system.embed(samples, ["image"]).T
-    assert (similar.argmax(1) == torch.arange(12)).float().mean() > 0.8
-    written = system.generate_text(samples, ["audio"], Sampling(limit=8))
-    assert sum(text == sample.caption for text, sample in zip(written, samples, strict=True)) >= 6
+    similar = system.eval().embed(samples, ["text"]) @ system.embed(samples, ["image"]).T
+    assert (similar.argmax(1) == torch.arange(12)).float().mean() > 0.9
 
 
-def test_a_saved_model_is_the_same_model(tmp_path) -> None:  # noqa: ANN001
+def test_a_saved_model_is_the_same_model(tmp_path) -> None:
     system = model().eval()
     with torch.no_grad():
         for parameter in system.parameters():

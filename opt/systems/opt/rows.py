@@ -193,10 +193,8 @@ class _BatchWork:
         if len(names) == 3 and rng.random() < self.config.pair_rate:
             names.pop(rng.integers(3))
         first, second = partners
-        if len(names) == 3:
-            label = int(rng.integers(5))
-        else:
-            label = ALL_MATCH if rng.random() < 0.5 else NONE_MATCH
+        labels = range(5) if len(names) == 3 else (ALL_MATCH, NONE_MATCH)
+        label = labels[rng.integers(len(labels))]
         sources = {name: clean for name in names}
         if label in (IMAGE_AUDIO, TEXT_AUDIO, NONE_MATCH) and "image" in sources:
             sources["image"] = first

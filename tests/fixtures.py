@@ -1,8 +1,12 @@
-"""Made-up samples whose three modalities agree, for tests of systems."""
+"""Made-up samples and shards whose three modalities agree, for tests of systems, trainer and evaluation."""
+
+from pathlib import Path
 
 import numpy as np
 
-from opt.data.record import Picture, Sample
+from opt.data.manifest import shard_name, write_manifest
+from opt.data.record import Narration, Picture, Record, Sample
+from opt.data.shards import ShardReader, ShardWriter
 from opt.data.tokenizer import Tokenizer
 from opt.systems.system import DataFacts
 
@@ -32,3 +36,17 @@ def fake_sample(number: int, regions: bool = True, caption: bool = True, speech:
         key=f"sample{number}", pictures=(picture,) if regions else (), narration=0, narration_id="0",
         caption=" ".join(WORDS[word] for word in words) if caption else None, speech=frames if speech else None,
     )
+
+
+def fake_shards(folder: Path, samples: list[Sample], shard_size: int = 16) -> ShardReader:
+    """The samples as a folder of shards."""
+    shards = range(0, len(samples), shard_size)
+    for number, start in enumerate(shards):
+        with ShardWriter(folder, shard_name(number)) as shard:
+            for sample in samples[start : start + shard_size]:
+                seconds = len(sample.speech) / FACTS.frame_rate if sample.speech is not None else 0.0
+                narration = Narration("0", sample.caption, sample.speech, FACTS.frame_rate if seconds else 0.0, seconds)
+                shard.write(Record(sample.key, sample.pictures, (narration,)))
+    names = [shard_name(number) for number in range(len(shards))]
+    write_manifest(folder, names, {"regions": {"backend": "made up"}}, FACTS.region_classes, FACTS.codebook)
+    return ShardReader(folder)

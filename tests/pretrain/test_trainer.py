@@ -1,0 +1,134 @@
+"""The trainer: N + M steps equal N steps, a stop, and M more; a run is refused when its settings change."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures import fake_sample, fake_shards
+
+from opt.checkpoint import from_pretrained, newest_state
+from opt.config import UserError
+from opt.data.shards import ShardReader
+from opt.systems.opt import tiny
+from pretrain.optim import OptimConfig, learning_rate
+from pretrain.run import PretrainConfig, pretrain
+from pretrain.trainer import LoopConfig, Trainer
+
+MODEL = dataclasses.replace(
+    tiny(), width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8, dropout=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    fake_shards(folder, [fake_sample(number) for number in range(64)])
+    return folder
+
+
+def config(shards: Path, out: Path, **changes: object) -> PretrainConfig:
+    loop = LoopConfig(**{"steps": 12, "batch_tokens": 500, "workers": 0, "log_every": 2, "save_every": 4, **changes})
+    return PretrainConfig("opt.tiny", shards, out, MODEL, loop=loop)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return from_pretrained(run / "model").state_dict()
+
+
+def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config(shards, tmp_path / "whole"))
+
+    step = Trainer.train_step
+
+    def stop_at_seven(self: Trainer, batch: object) -> object:
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config(shards, tmp_path / "stopped"))
+    assert newest_state(tmp_path / "stopped" / "checkpoints").name == "step-00000007"
+    assert not (tmp_path / "stopped" / "model").exists()
+    monkeypatch.undo()
+    pretrain(config(shards, tmp_path / "stopped"))
+
+    whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+             for run in ("whole", "stopped")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [2, 4, 6, 8, 10, 12]
+    assert lines[0][-1]["losses"] == lines[1][-1]["losses"]
+
+
+def test_a_kill_in_the_middle_costs_what_follows_the_last_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config(shards, tmp_path / "whole"))
+    step = Trainer.train_step
+
+    def die_at_ten(self: Trainer, batch: object) -> object:
+        if self.step == 9:
+            raise RuntimeError("killed")
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", die_at_ten)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(config(shards, tmp_path / "killed"))
+    (tmp_path / "killed" / "checkpoints" / ".step-00000009.tmp").mkdir()  # what a kill while saving leaves
+    (tmp_path / "killed" / "checkpoints" / "step-00000010").mkdir()
+    monkeypatch.undo()
+    pretrain(config(shards, tmp_path / "killed"))
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_the_loss_falls_below_guessing(shards: Path, tmp_path: Path) -> None:
+    pretrain(dataclasses.replace(config(shards, tmp_path, steps=60, batch_tokens=1500), optim=OptimConfig(5e-3)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["losses"]["dir"] < 0.8 * lines[0]["losses"]["dir"]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    shown = {"loss", "losses", "tokens_per_second", "wait_share", "gradient_norm", "learning_rate", "seconds"}
+    assert shown < set(lines[0])
+
+
+def test_another_setting_or_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
+    pretrain(config(shards, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match=r"loop\.steps = 2"):
+        pretrain(config(shards, tmp_path / "run", steps=3))
+    pretrain(config(shards, tmp_path / "run", steps=2, log_every=1))  # what is not learned from may change
+    fake_shards(tmp_path / "other", [fake_sample(number) for number in range(100, 140)])
+    with pytest.raises(UserError, match="data|shards"):
+        pretrain(config(tmp_path / "other", tmp_path / "run", steps=2))
+
+
+def test_dry_run_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(dataclasses.replace(config(shards, tmp_path / "run"), dry_run=True))
+    assert "parameters" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_holds_the_tokens_asked_for(shards: Path, tmp_path: Path) -> None:
+    """The plan's estimate of a sample's cost bounds what the preparer packs."""
+    reader = ShardReader(shards)
+    pretrain(config(shards, tmp_path, steps=1))
+    loop = LoopConfig(batch_tokens=500, workers=0)
+    trainer = Trainer(from_pretrained(tmp_path / "model"), reader, tmp_path / "new", loop, OptimConfig())
+    for batch, _ in itertools.islice(trainer._loader(), 4):
+        assert 200 < batch.tokens < 1.6 * 500 + 65 * len(batch.keys)
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup=0.1, final=0.0)
+    rates = [learning_rate(step, 100, optim) for step in range(100)]
+    assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert learning_rate(100, 100, optim) == pytest.approx(0.0)
