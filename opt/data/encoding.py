@@ -87,6 +87,12 @@ def read_header(file: int, offset: int) -> dict[str, Any]:
     return json.loads(json.loads(begin[8 : 8 + size])["__metadata__"]["record"])
 
 
+def member_key(file: int, offset: int) -> str:
+    """The key that the tar header before a member's data names, as far as it can be read: for messages about damage."""
+    header = os.pread(file, 100, max(0, offset - tarfile.BLOCKSIZE))
+    return header.rstrip(b"\0").decode("utf-8", "replace").removesuffix(".safetensors")
+
+
 def member_header(name: str, size: int) -> bytes:
     """A tar header that depends on nothing but name and size: no time, no owner, mode 644."""
     member = tarfile.TarInfo(name)

@@ -126,7 +126,7 @@ def write_manifest(
         samples=sum(receipt.samples for receipt in receipts),
         totals={name: sum(receipt.totals[name] for receipt in receipts) for name in LENGTHS},
     )
-    write_atomic(folder / MANIFEST, _json(to_dict(manifest)))
+    write_atomic(folder / MANIFEST, _sealed(to_dict(manifest)))
     return manifest
 
 
@@ -141,15 +141,25 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds {done} complete shards but no {MANIFEST}, so the extraction has not ended; "
             "run the same `opt extract` command again to finish it"
         )
+    content = path.read_bytes()
     try:
-        values = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = dict(json.loads(content))
+        seal = values.pop("sha256")
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); run the same `opt extract` command again to write it") from error
     if values.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema {values.get('schema')}, this version reads {SCHEMA}; extract again, or install the other"
         )
+    if content != _sealed(values):
+        raise UserError(f"{path} is not as it was written (its SHA-256 was {seal}); extract again to write it")
     return from_dict(Manifest, values, str(path))
+
+
+def is_intact(folder: Path, receipt: Receipt) -> bool:
+    """Whether the shard's receipt file holds, byte for byte, what the manifest says of the shard."""
+    path = folder / f"{receipt.name}.json"
+    return path.exists() and path.read_bytes() == _json(to_dict(receipt))
 
 
 def _agree(folder: Path, receipts: Sequence[Receipt], name: str) -> float:
@@ -165,3 +175,8 @@ def _agree(folder: Path, receipts: Sequence[Receipt], name: str) -> float:
 
 def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _sealed(values: dict[str, Any]) -> bytes:
+    """The values as a file, with a last entry "sha256" over the file without that entry."""
+    return _json({**values, "sha256": hashlib.sha256(_json(values)).hexdigest()})

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from opt.config import UserError
-from opt.data.encoding import block_padding, decode, encode, encode_pictures, member_header, read_header
+from opt.data.encoding import block_padding, decode, encode, encode_pictures, member_header, member_key, read_header
 from opt.data.manifest import LENGTHS, Failure, Receipt, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
 from opt.files import open_atomic, write_atomic
@@ -52,6 +52,17 @@ INDEX = np.dtype(
     ]
 )
 """One row of an index: 50 bytes."""
+
+
+class DamagedRecord(UserError):
+    """The bytes of a record are not those that were written."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        super().__init__(
+            f"{path}: the bytes of key {key!r} are damaged (their checksum differs); `opt shards verify {path.parent} "
+            f"--deep` lists all damage; delete {path.with_suffix('.json').name} and extract again to mend it"
+        )
+        self.path, self.key = path, key
 
 
 def key_hash(key: str) -> int:
@@ -163,13 +174,18 @@ class ShardReader:
     @property
     def lengths(self) -> Lengths:
         """Stored sizes of every sample, int64 (n,) each. Read from the index files at each call."""
-        columns = {name: self._column(name).astype(np.int64) for name in LENGTHS}
+        columns = {name: self.column(name).astype(np.int64) for name in LENGTHS}
         return Lengths(**columns)
 
     @property
     def key_hash(self) -> np.ndarray:
         """`key_hash(key)` of every sample, uint64 (n,). Read from the index files at each call."""
-        return self._column("key")
+        return self.column("key")
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of INDEX over all samples, (n,). Read from the index files at each call."""
+        columns = [self._files(shard)[1][name] for shard in range(len(self.manifest.shards))]
+        return np.concatenate([np.zeros(0, INDEX[name]), *columns])
 
     def sample(self, number: int, jpeg: bool = False) -> Sample:
         """Sample `number`, in 0..len-1; jpegs only on request. Raises UserError when its bytes are damaged."""
@@ -201,7 +217,10 @@ class ShardReader:
             tar, index = self._files(shard)
             for row in index:
                 if row["narration"] <= 0:  # the first sample of its record
-                    header = read_header(tar, int(row["offset"]))
+                    try:
+                        header = read_header(tar, int(row["offset"]))
+                    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+                        raise self._damaged(shard, tar, row) from error
                 yield row, header
 
     def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
@@ -218,18 +237,13 @@ class ShardReader:
         content = bytearray(int(row[f"{kind}size"]))
         got = os.preadv(tar, [content], int(row[f"{kind}offset"])) if content else 0
         if got != len(content) or zlib.crc32(content) != row[f"{kind}crc"]:
-            path = self.folder / f"{self.manifest.shards[shard].name}.tar"
-            header = os.pread(tar, 512, int(row["offset"]) - 512)
-            key = header[:100].rstrip(b"\0").decode("utf-8", "replace").removesuffix(".safetensors")
-            raise UserError(
-                f"{path}: the bytes of key {key!r} are damaged (their checksum differs); `opt shards verify --deep "
-                f"{self.folder}` lists all damage; delete {path.with_suffix('.json').name} and extract again to mend it"
-            )
+            raise self._damaged(shard, tar, row)
         return content
 
-    def _column(self, name: str) -> np.ndarray:
-        columns = [self._files(shard)[1][name] for shard in range(len(self.manifest.shards))]
-        return np.concatenate([np.zeros(0, INDEX[name]), *columns])
+    def _damaged(self, shard: int, tar: int, row: np.void) -> DamagedRecord:
+        return DamagedRecord(
+            self.folder / f"{self.manifest.shards[shard].name}.tar", member_key(tar, int(row["offset"]))
+        )
 
     def _files(self, shard: int) -> tuple[int, np.ndarray]:
         """Descriptor of the tar and memory map of the index; the shard used longest ago is closed for a new one."""

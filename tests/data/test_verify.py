@@ -1,0 +1,112 @@
+"""Verification: a flipped byte anywhere is found and named; what is shown is what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opt.cli import main
+from opt.config import UserError
+from opt.data.manifest import read_receipt, write_manifest, write_receipt
+from opt.data.record import Narration, Picture, Record
+from opt.data.shards import ShardWriter
+from opt.data.verify import InspectConfig, VerifyConfig, inspect, verify
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with ShardWriter(tmp_path, f"{shard:05d}") as writer:
+            for number in range(3):
+                seen = Picture(64, 48, codes=rng.integers(9, size=(8, 8)).astype(np.int16), jpeg=rng.bytes(700))
+                told = Narration("0", "A red cube.", rng.standard_normal((5, 6)).astype(np.float16), 12.5, 0.4)
+                writer.write(Record(f"k{shard}{number}", (seen,), (told, Narration("1", "Again."))))
+            writer.fail("lost", "the recording is missing")
+    write_manifest(tmp_path, ["00000", "00001"], {"regions": {"name": "tiny detector", "sha256": "12ab"}}, ("a",), 9)
+    return tmp_path
+
+
+def test_a_sound_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for deep in (False, True):
+        verify(VerifyConfig(folder, deep))
+    assert "2 shards, 6 records, 12 samples" in capsys.readouterr().out
+
+
+def test_every_flipped_byte_is_found(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for place in {0, len(content) - 1, *rng.integers(len(content), size=25).tolist()}:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=path.name):
+                verify(VerifyConfig(folder, deep=True))
+        path.write_bytes(content)
+    verify(VerifyConfig(folder, deep=True))
+
+
+def test_damage_names_shard_and_key(folder: Path) -> None:
+    path = folder / "00001.tar"
+    index = np.load(folder / "00001.npy")
+    content = bytearray(path.read_bytes())
+    content[int(index["offset"][2] + index["size"][2]) - 1] ^= 1  # features of the second record
+    content[int(index["jpeg_offset"][4]) + 3] ^= 1  # picture of the third
+    path.write_bytes(content)
+    verify(VerifyConfig(folder))
+    with pytest.raises(UserError, match=r"(?s)2 problems\n  00001.tar: key 'k11': .*\n  00001.tar: key 'k12': "):
+        verify(VerifyConfig(folder, deep=True))
+
+
+def test_quick_finds_missing_short_and_foreign_files(folder: Path) -> None:
+    tar, other = (folder / "00000.tar").read_bytes(), (folder / "00001.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(tar[:-10])
+    with pytest.raises(UserError, match="00000.tar: .* bytes, expected"):
+        verify(VerifyConfig(folder))
+    (folder / "00000.tar").unlink()
+    with pytest.raises(UserError, match="00000.tar: missing"):
+        verify(VerifyConfig(folder))
+    (folder / "00000.tar").write_bytes(other)
+    with pytest.raises(UserError, match="00000.tar: key 'k10' at byte 512: not the record"):
+        verify(VerifyConfig(folder))
+    (folder / "00000.tar").write_bytes(tar)
+    receipt = read_receipt(folder, "00000")
+    assert receipt is not None
+    (folder / "00000.json").unlink()
+    with pytest.raises(UserError, match="00000.json: missing"):
+        verify(VerifyConfig(folder))
+    write_receipt(folder, receipt)
+    verify(VerifyConfig(folder, deep=True))
+
+
+def test_keys_repeated_between_shards_are_found(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        with ShardWriter(tmp_path, name) as writer:
+            writer.write(Record("twice", (Picture(3, 3),)))
+    write_manifest(tmp_path, ["00000", "00001"], {}, (), 0)
+    with pytest.raises(UserError, match="key 'twice': more than one record"):
+        verify(VerifyConfig(tmp_path))
+
+
+def test_inspect_shows_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(InspectConfig(folder, number=2))
+    shown = capsys.readouterr().out
+    for part in ("tiny detector", "12 samples", "lost: the recording is missing", "A red cube.", "5 x 6", "8 x 8"):
+        assert part in shown
+    assert shown.count("sample ") == 2
+    (folder / "empty").mkdir()
+    with ShardWriter(folder / "empty", "00000"):
+        pass
+    write_manifest(folder / "empty", ["00000"], {}, (), 0)
+    inspect(InspectConfig(folder / "empty"))
+    verify(VerifyConfig(folder / "empty", deep=True))
+
+
+def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "verify", str(folder), "--deep"]) == 0
+    (folder / "manifest.json").unlink()
+    assert main(["shards", "verify", str(folder)]) == 2
+    assert "run the same `opt extract` command again" in capsys.readouterr().err
