@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import time
 from itertools import islice
 from pathlib import Path
@@ -105,6 +106,26 @@ def test_workers_use_one_thread_and_end(reader: ShardReader) -> None:
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_many_tensors_need_few_open_files(reader: ShardReader) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+    try:
+        for batch, _ in islice(Loader(reader, plan(reader), many_tensors, workers=2), 12):
+            assert len(batch["many"]) == 300
+            for number, tensor in enumerate(batch["many"]):
+                assert torch.equal(tensor, torch.full((number % 7, 3), number, dtype=tensor.dtype))
+            assert batch["mask"].dtype == torch.bool and batch["mask"].tolist() == [True, False]
+            assert batch["one"].shape == () and batch["one"] == 5 and batch["name"] == "as it is"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def many_tensors(samples: dict[int, Sample], plan: BatchPlan) -> dict[str, object]:
+    kinds = [torch.int64, torch.float32, torch.float16, torch.bfloat16]
+    many = tuple(torch.full((number % 7, 3), number, dtype=kinds[number % 4]) for number in range(300))
+    return {"many": many, "mask": torch.tensor([True, False]), "one": torch.tensor(5), "name": "as it is"}
 
 
 def test_waiting_is_counted(reader: ShardReader) -> None:
