@@ -143,9 +143,7 @@ def _true_pictures(
     return decoded, stored
 
 
-def _example(
-    task: Task, number: int, drawn: dict[int, Image.Image], decoded: dict[int, Image.Image]
-) -> dict[str, Any]:
+def _example(task: Task, number: int, drawn: dict[int, Image.Image], decoded: dict[int, Image.Image]) -> dict[str, Any]:
     """Keep the generated picture and the true one, as its codes hold it, beside the results."""
     kept = {}
     for kind, pictures in (("generated", drawn), ("true_codes", decoded)):

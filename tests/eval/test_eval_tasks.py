@@ -56,7 +56,8 @@ def test_captions_are_judged_by_the_objects_they_name(make_task, tmp_path):
     labels = write_labels(tmp_path / "labels.jsonl", 8, lambda n: [f"{colors[n % 4]} circle"])
     task = make_task((8, 2))
     task.system.generate_text = lambda samples, modalities, sampling: [
-        f"a big {'green' if sample.key == 'scene-0' else colors[int(sample.key[6:]) % 4]} dotted circle" for sample in samples
+        f"a big {'green' if sample.key == 'scene-0' else colors[int(sample.key[6:]) % 4]} dotted circle"
+        for sample in samples
     ]
     metrics, absent, examples = captioning.measure(task, captioning.CaptionConfig(*HERE, labels=labels))
     found = by_name(metrics)

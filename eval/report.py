@@ -1,0 +1,102 @@
+"""One page from a run: results, curves and pictures in a single HTML file that needs nothing else, and a flat summary.
+
+    RUN/results/*.json, RUN/metrics.jsonl, RUN/config.json, RUN/seconds.json --> RUN/report.html, RUN/summary.json
+
+Whatever is missing is left out of the page and named there. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from eval.page import TITLES, Run, page
+from eval.result import Result, read_result, results_table
+from opt.config import UserError
+from opt.files import write_atomic
+
+
+@dataclass
+class ReportConfig:
+    """Options of `opt report`."""
+
+    run: Positional[Path]
+    """Folder of a run, such as runs/demo: holds results/ and, of training, metrics.jsonl and config.json."""
+
+
+def report(config: ReportConfig) -> None:
+    """Make one self-contained page of a run's figures, curves and pictures, and a flat summary of the figures.
+
+    Example: opt report runs/demo
+    """
+    run = read_run(config.run)
+    figures = summary(run)
+    write_atomic(config.run / "summary.json", (json.dumps(figures, indent=1) + "\n").encode())
+    path = config.run / "report.html"
+    write_atomic(path, page(run).encode())
+    print(results_table(list(run.results.values())))
+    print(f"\n{len(figures)} figures in {config.run / 'summary.json'}\nreport: {path}")
+
+
+def read_run(folder: Path) -> Run:
+    """Everything in a run's folder that the page shows. Raises UserError when there is neither result nor training."""
+    results = _results(folder / "results")
+    training = _training(folder / "metrics.jsonl")
+    if not results and not training:
+        raise UserError(
+            f"{folder} holds neither results/*.json nor metrics.jsonl; give the folder of a run, "
+            "and run `opt eval ...` on its model first"
+        )
+    name = folder.resolve().name
+    return Run(name, folder / "results", results, training, _json(folder / "config.json"), _seconds(folder, results))
+
+
+def summary(run: Run) -> dict[str, float]:
+    """All figures by name, flat; times as seconds.NAME."""
+    figures = {metric.name: metric.value for result in run.results.values() for metric in result.metrics}
+    return figures | {f"seconds.{name}": value for name, value in run.seconds.items()}
+
+
+def _results(folder: Path) -> dict[str, Result]:
+    """Results by task, in the page's order; other JSON files of the folder that hold no `task` are not results."""
+    found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
+    known = [task for task in TITLES if task in found]
+    return {task: found[task] for task in [*known, *(task for task in found if task not in known)]}
+
+
+def _training(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line cut short by a kill is dropped, and a loss that is not finite left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if math.isfinite(line["loss"]):
+            losses = {name: value for name, value in line.get("losses", {}).items() if math.isfinite(value)}
+            lines.append({**line, "losses": losses})
+    return lines
+
+
+def _seconds(folder: Path, results: dict[str, Result]) -> dict[str, float]:
+    """Times of the stages from seconds.json where there is one, of the evaluations from their results otherwise."""
+    stages = _json(folder / "seconds.json")
+    return {name: float(value) for name, value in stages.items()} or {task: r.seconds for task, r in results.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty when there is no such file. Raises UserError when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it or write it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
+    return content
