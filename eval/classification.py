@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,9 +79,9 @@ def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tupl
             value = float(mean_average_precision(scores_NC, test_labels))
             found[subset] = value, mean_average_precision(scores_NC, test_labels, weights_SN)
     present = test_labels.any(0)
-    about = {
+    about: dict[str, Any] = {
         "n": len(test_numbers),
-        "candidates": f"{present.sum()} of {len(classes)} classes with a positive; {len(train_numbers)} training samples",
+        "candidates": f"{present.sum()} of {len(classes)} classes occur; {len(train_numbers)} training samples",
         "normaliser": "macro over classes with a positive, step-wise average precision",
     }
     chance = float(test_labels[:, present].mean())
@@ -96,18 +97,23 @@ def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tupl
     return metrics + _gains(found, about), absent
 
 
-def _gains(found: dict[tuple[str, ...], tuple[float, np.ndarray]], about: dict[str, object]) -> list[Metric]:
+def _gains(found: dict[tuple[str, ...], tuple[float, np.ndarray]], about: dict[str, Any]) -> list[Metric]:
     """All modalities minus each one alone, with intervals of the paired difference over the same resamples."""
     if MODALITIES not in found:
         return []
     all_value, all_draws = found[MODALITIES]
+    lone = {name: found[name,] for name in MODALITIES}
     return [
         Metric(
-            f"classify.gain_over.{alone}", all_value - found[alone,][0], interval=interval(all_draws - found[alone,][1]),
-            modalities=MODALITIES, note="paired difference of mAP over the same resamples", **about,  # type: ignore[arg-type]
+            f"classify.gain_over.{name}",
+            all_value - value,
+            interval=interval(all_draws - draws),
+            modalities=MODALITIES,
+            note="paired difference of mAP over the same resamples",
+            **about,
         )
-        for alone in MODALITIES
-    ]  # fmt: skip
+        for name, (value, draws) in lone.items()
+    ]
 
 
 def _labelled(
@@ -167,7 +173,7 @@ def fit(features_ND: np.ndarray, labels_NC: np.ndarray, strengths: tuple[float, 
         total.backward()
         return total
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return torch.cat([weights, biases], dim=1).detach().numpy()
 
 

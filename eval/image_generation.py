@@ -67,7 +67,7 @@ def text_to_image(config: TextToImageConfig) -> None:
 def measure(
     task: Task, config: TextToImageConfig, classes: Sequence[str], decoder: Decoder, detector: Detector
 ) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
-    """Metrics, absent ones with reasons, and examples; PNG files go to the results. Raises UserError without captions."""
+    """Metrics, absent ones with reasons, and examples; PNG files go to the results. Needs captions: UserError."""
     split = task.split
     numbers = split.one_a_picture(split.with_all(("text",)))[: config.pictures]
     if not len(numbers):

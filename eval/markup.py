@@ -1,4 +1,4 @@
-"""HTML and SVG without a template language: elements that escape whatever is not markup already, and three small charts.
+"""HTML and SVG without a template language: elements that escape what is not markup already, and three small charts.
 
 Charts are inline SVG in the page's own colours (CSS classes), so that they follow light and dark and need no script.
 """
@@ -28,7 +28,7 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 def joined(children: Iterable[Any]) -> Markup:
     """The children one after the other, escaped unless they are markup."""
-    parts = []
+    parts: list[str] = []
     for child in children:
         if isinstance(child, list | tuple):
             parts.append(joined(child))
@@ -118,7 +118,7 @@ def curve(title: str, xs: Sequence[float], ys: Sequence[float], width: int = 300
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of each value and its neighbours, a fortieth of all on either side, fewer at the ends so that nothing lags."""
+    """Mean of each value and its neighbours, a fortieth of all on either side; fewer at the ends, so nothing lags."""
     reach, count = len(values) // 40, len(values)
     means = []
     for place in range(count):

@@ -15,8 +15,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from eval.page import TITLES, Run, page
+from eval.page import page
 from eval.result import Result, read_result, results_table
+from eval.sections import TITLES, Run
 from opt.config import UserError
 from opt.files import write_atomic
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from eval.metrics import chance_recall, normalise, ranks
 from eval.result import Metric, measured
 from eval.task import EvalConfig, Split, Task, in_batches, open_task
 from opt.config import UserError
+from opt.data.record import Sample
 from opt.systems.system import MODALITIES, compose
 
 DIRECTIONS = {
@@ -165,11 +166,11 @@ class Matching:
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.scores}
         sample = lru_cache(maxsize=2048)(self.task.split.sample)
 
-        def load(query: int, found: int) -> Any:
+        def load(query: int, found: int) -> Sample:
             return compose(**{modality: sample(query) for modality in given}, **{sought: sample(found)})
 
         answers = in_batches(
-            [lambda pair=pair: load(*pair) for pair in missing.values()],
+            [partial(load, *pair) for pair in missing.values()],
             lambda samples: self.task.system.score(samples, modalities).float().cpu().tolist(),
             self.task.batch,
             f"match {' + '.join(given)} with {sought}",

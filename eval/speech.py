@@ -14,6 +14,7 @@ from eval.metrics import NORMALISER, normalise, word_errors
 from eval.result import Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
 from opt.config import UserError
+from opt.data.record import Sample
 from opt.systems.system import Sampling
 
 GIVEN = {"transcribe.wer": ("audio",), "transcribe.wer_image_audio": ("image", "audio")}
@@ -49,14 +50,18 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
         if not len(some):
             absent[name] = "the shards hold no picture with speech"
             continue
-        texts = task.batches(
-            some, lambda samples, given=given: task.system.generate_text(samples, given, Sampling()),
-            f"transcribe from {' + '.join(given)}",
-        )  # fmt: skip
+        texts = _transcripts(task, given, some)
         hypotheses[given] = dict(zip(some.tolist(), texts, strict=True))
         metrics.append(_word_error_rate(task, name, given, some, references, hypotheses[given], dropped))
     shown = task.split.one_a_picture(spoken)[:EXAMPLES]
     return metrics, absent, [_example(task, int(number), hypotheses) for number in shown]
+
+
+def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray) -> list[str]:
+    def write(samples: list[Sample]) -> list[str]:
+        return task.system.generate_text(samples, given, Sampling())
+
+    return task.batches(numbers, write, f"transcribe from {' + '.join(given)}")
 
 
 def _word_error_rate(

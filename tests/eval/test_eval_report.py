@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from eval.markup import Markup, curve, element, picture, whisker
-from eval.page import marked
 from eval.report import ReportConfig, report
 from eval.result import Metric, Provenance, Result, measured, write_result
+from eval.sections import marked
 from opt.config import UserError
 
 EVIL = '<script>alert("x")</script> & "quotes" <img src=x onerror=y>'
