@@ -87,7 +87,7 @@ def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tupl
     chance = float(test_labels[:, present].mean())
     metrics = [
         Metric(
-            f"classify.map.{'_'.join(subset)}", value, interval=interval(draws), chance=chance,
+            f"classify.map.{'_'.join(subset)}", value, interval=interval(draws, value), chance=chance,
             chance_method="share of positives", modalities=subset, **about,
         )
         for subset, (value, draws) in found.items()
@@ -107,7 +107,7 @@ def _gains(found: dict[tuple[str, ...], tuple[float, np.ndarray]], about: dict[s
         Metric(
             f"classify.gain_over.{name}",
             all_value - value,
-            interval=interval(all_draws - draws),
+            interval=interval(all_draws - draws, all_value - value),
             modalities=MODALITIES,
             note="paired difference of mAP over the same resamples",
             **about,

@@ -9,6 +9,7 @@ pictures of other captions: what the codes lose, what the detector misses, and c
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import textwrap
 from collections.abc import Callable, Sequence
@@ -22,13 +23,17 @@ from PIL import Image, ImageDraw, ImageFont
 from eval.naming import LabelFinder
 from eval.result import Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from feature_extract.extractors import load_extractors
 from opt.config import UserError
+from opt.data.manifest import Manifest
 from opt.data.record import Sample
 from opt.files import write_atomic
 from opt.progress import progress
 from opt.systems.system import Sampling
 
 FOUND = "text_to_image.object_found"
+DETECTOR_SIDE = 256
+"""Smaller pictures are enlarged to so many pixels a side before the detector looks at them."""
 SHEET_ROWS, SHEET_CELL, SHEET_TEXT = 16, 128, 420
 
 Decoder = Callable[[np.ndarray], Sequence[Image.Image]]
@@ -62,6 +67,23 @@ def text_to_image(config: TextToImageConfig) -> None:
     manifest = task.split.reader.manifest
     decoder, detector = open_extractors(manifest, config.confidence)
     task.finish(*measure(task, config, manifest.region_classes, decoder, detector))
+
+
+def open_extractors(manifest: Manifest, confidence: float) -> tuple[Decoder, Detector]:
+    """What made the shards' codes and regions. Raises UserError when the shards hold none, or weights are gone."""
+    looking = {kind: about for kind, about in manifest.extractors.items() if kind in ("regions", "codes")}
+    extractors = load_extractors(dataclasses.replace(manifest, extractors=looking))
+    regions, codes = extractors.regions, extractors.codes
+    if codes is None:
+        raise UserError("the shards were made without image codes, so there is nothing to draw pictures with")
+
+    def detect(picture: Image.Image) -> frozenset[str]:
+        if regions is None:
+            return frozenset()
+        found = regions(picture)
+        return frozenset(regions.classes[number] for number in found.classes[found.scores >= confidence])
+
+    return codes.decode, detect
 
 
 def measure(
@@ -111,7 +133,7 @@ def _object_found(
     seen: dict[int, frozenset[str]] = {}
     with progress(f"look for objects, {name.rpartition('.')[2]}", total=len(numbers), unit="pictures") as bar:
         for number in numbers.tolist():
-            seen[number] = detector(pictures[number])
+            seen[number] = detector(_enlarged(pictures[number]))
             bar.advance()
     found = np.array([bool(seen[number] & named[number]) for number in numbers.tolist()])
     partners = zip(numbers.tolist(), task.strangers(numbers).tolist(), strict=True)
@@ -126,6 +148,15 @@ def _object_found(
         normaliser=f"detector score of at least {config.confidence}; noun and modifiers in one noun phrase",
         note=f"top-{config.top_k} sampling at temperature {config.temperature}" if name == FOUND else "",
     )
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """The picture with its short side at least DETECTOR_SIDE."""
+    scale = DETECTOR_SIDE / min(picture.size)
+    if scale <= 1:
+        return picture
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _true_pictures(

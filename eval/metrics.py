@@ -169,7 +169,11 @@ def bootstrap(
     return interval(ratios)
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws (S,)."""
-    low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
+def interval(draws: np.ndarray, value: float | None = None) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws (S,), moved so that their mean is `value` where it is given.
+
+    Average precision rises when samples repeat, so its draws lie above the value; means and ratios need no such move.
+    """
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, [2.5, 97.5]) - (0.0 if value is None else draws.mean() - value)
     return float(low), float(high)

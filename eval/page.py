@@ -55,7 +55,7 @@ def header(run: Run) -> Markup:
     note = tiny and element(
         "p",
         element("b", "Tiny networks. "),
-        f"The features come from small networks that ship with this project ({', '.join(tiny)}). The figures say how "
+        f"The features ({', '.join(tiny)}) come from small networks that ship with this project. The figures say how "
         "well the whole line works, not what full-sized extractors reach.",
         class_="note",
     )

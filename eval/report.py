@@ -11,9 +11,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from eval.page import page
 from eval.result import Result, read_result, results_table
@@ -26,7 +26,7 @@ from opt.files import write_atomic
 class ReportConfig:
     """Options of `opt report`."""
 
-    run: Positional[Path]
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder of a run, such as runs/demo: holds results/ and, of training, metrics.jsonl and config.json."""
 
 

@@ -64,7 +64,7 @@ class Provenance:
     command: str
     code_version: str
     tiny_networks: tuple[str, ...] = ()
-    """Extractors or models that are tiny or hold random weights, in words; empty when none is."""
+    """Features that come from tiny networks: regions, audio, codes."""
     extractors: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from eval.result import Metric, Provenance, Result, code_version, command_line, results_table, write_result
 from opt.checkpoint import from_pretrained
@@ -39,16 +39,16 @@ Answer = TypeVar("Answer")
 class EvalConfig:
     """What all evaluations need."""
 
-    model: Positional[Path]
+    model: Annotated[Path, Positional, arg(metavar="MODEL")]
     """Folder of a saved model, such as runs/demo/model."""
-    shards: Positional[Path]
+    shards: Annotated[Path, Positional, arg(metavar="SHARDS")]
     """Folder of shards that the model has not seen."""
     out: Path | None = None
     """Folder for the results; by default `results` beside the model's folder."""
     limit: int | None = None
     """Use only the first so many samples."""
     batch: int = 64
-    """Samples in one call of the model; changes speed and memory, not the figures."""
+    """Samples in one call of the model: speed and memory."""
     seed: int = 0
     """Seed of bootstrap intervals, chance levels and sampling."""
 
@@ -195,19 +195,16 @@ def open_split(folder: Path, limit: int | None, system: System) -> Split:
     """Open shards for `system`. Raises UserError when they are none, empty, or made by other networks than it reads."""
     reader = ShardReader(folder)
     for kind, about in reader.manifest.extractors.items():
-        if system.facts.extractors.get(kind, about) != about:
-            raise UserError(
-                f"{folder}: its {kind} come from another extractor than the model was trained with "
-                f"({about} against {system.facts.extractors[kind]}); extract these pictures again with the model's"
-            )
+        trained = system.facts.extractors.get(kind, about)
+        for name in ("weights_sha256", "settings"):
+            if trained.get(name) != about.get(name):
+                raise UserError(
+                    f"{folder}: its {kind} come from another extractor than those the model was trained on "
+                    f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training"
+                )
     return Split(reader, limit)
 
 
-def tiny_networks(extractors: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which extractors say of themselves that they are tiny or untrained, in words."""
-    return tuple(
-        f"{word} network for {kind}"
-        for kind, about in extractors.items()
-        for word in ("tiny", "random")
-        if word in str(about).lower()
-    )
+def tiny_networks(extractors: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Which features come from the embedded tiny networks, by what the manifest says of their extractors."""
+    return tuple(kind for kind, about in extractors.items() if about.get("weights") == "tiny")
