@@ -1,0 +1,59 @@
+"""Image codes by our discrete VAE: the picture squeezed to 64 x 64 -> 8 x 8 codes, and back.
+
+Weights: "tiny" (the embedded network), or a .safetensors file of a `DiscreteVAE` with its configuration in the header.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from feature_extract.codes import SIDE
+from feature_extract.description import describe
+from opt.config import UserError
+from opt.nn.dvae import DiscreteVAE
+
+
+class DiscreteVAECodes:
+    """A discrete VAE as tokenizer of pictures."""
+
+    def __init__(self, dvae: DiscreteVAE, weights: str, device: str = "cpu") -> None:
+        self.dvae = dvae.eval().requires_grad_(False).to(device)
+        self.codebook = dvae.config.codebook
+        self.weights, self.device = weights, device
+
+    @torch.inference_mode()
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """RGB picture -> codes (8, 8) int16."""
+        pixels = pil_to_tensor(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).to(self.device)
+        return self.dvae.encode(pixels[None].float() / 255)[0].cpu().numpy().astype(np.int16)
+
+    @torch.inference_mode()
+    def decode(self, codes_B88: np.ndarray) -> list[Image.Image]:
+        """Codes (B, 8, 8) -> B pictures of 64 x 64."""
+        pixels = self.dvae.decode(torch.from_numpy(codes_B88.astype(np.int64)).to(self.device))
+        pictures = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in pictures]
+
+    def describe(self) -> dict[str, Any]:
+        """Backend, weights, their SHA-256."""
+        return describe("dvae", self.weights, self.dvae)
+
+
+def load(weights: str, device: str) -> DiscreteVAECodes:
+    """Open "tiny" or a file. Raises UserError when the file is not a discrete VAE of ours."""
+    from feature_extract.tiny import codes, weights_file
+
+    path = weights_file.FOLDER / "codes.safetensors" if weights == "tiny" else Path(weights)
+    try:
+        dvae = codes.load(path)
+    except UserError:
+        raise
+    except Exception as error:  # missing file, another format, another network: one answer to all
+        raise UserError(f"codes {weights!r}: not a discrete VAE of ours ({str(error).splitlines()[0]})") from error
+    return DiscreteVAECodes(dvae, weights, device)

@@ -1,0 +1,133 @@
+"""Regions by any Faster R-CNN of torchvision: features after RoI pooling and the box head, one a detection.
+
+    picture -> backbone -> proposals -> RoIAlign -> box head (P, D) -> classes, boxes -> NMS -> R rows of (P, D)
+
+Weights: "tiny" (the embedded detector), or BUILDER:CHECKPOINT, a torchvision builder and a file of its state
+dict, .safetensors or .pt, such as fasterrcnn_resnet50_fpn_v2:detector.pt.
+Shape legend: P proposals, C classes without background, R kept detections, D feature width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.transforms.functional import pil_to_tensor
+
+from feature_extract.description import describe
+from feature_extract.regions import Regions, RegionSettings
+from opt.config import UserError
+
+PREDICTOR = "roi_heads.box_predictor.cls_score.weight"
+
+
+class TorchvisionDetector:
+    """A Faster R-CNN whose detections keep the box-head feature of the proposal that each came from."""
+
+    def __init__(
+        self,
+        detector: FasterRCNN,
+        classes: tuple[str, ...],
+        weights: str,
+        settings: RegionSettings,
+        device: str = "cpu",
+    ) -> None:
+        self.detector = detector.eval().requires_grad_(False).to(device)
+        self.detector.roi_heads.score_thresh = settings.score_threshold
+        self.detector.roi_heads.detections_per_img = settings.max_regions
+        self.classes, self.weights, self.settings, self.device = classes, weights, settings, device
+
+    @torch.inference_mode()
+    def __call__(self, picture: Image.Image) -> Regions:
+        """The same boxes, classes and scores as `detector([pixels])`; the best one where that finds none."""
+        heads, size = self.detector.roi_heads, (picture.height, picture.width)
+        pixels = pil_to_tensor(picture).to(self.device).float() / 255
+        images, _ = self.detector.transform([pixels])
+        maps = self.detector.backbone(images.tensors)
+        maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        proposals, _ = self.detector.rpn(images, maps)
+        features_PD = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
+        logits, deltas = heads.box_predictor(features_PD)
+        boxes_PC4 = clip_boxes_to_image(heads.box_coder.decode(deltas, proposals), images.image_sizes[0])[:, 1:]
+        rows, columns, scores_R = self._detections(logits.softmax(-1)[:, 1:], boxes_PC4)
+        boxes_R4 = resize_boxes(boxes_PC4[rows, columns], images.image_sizes[0], size)
+        scale = np.array([size[1], size[0], size[1], size[0]], np.float32)
+        return Regions(
+            features=features_PD[rows].cpu().numpy().astype(np.float16),
+            boxes=np.clip(boxes_R4.cpu().numpy() / scale, 0, 1),
+            classes=columns.cpu().numpy().astype(np.int16),
+            scores=scores_R.cpu().numpy(),
+        )
+
+    def _detections(self, scores_PC: Tensor, boxes_PC4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposal, class and score of each detection, best first: `RoIHeads.postprocess_detections` and its origin."""
+        heads = self.detector.roi_heads
+        scores, boxes = scores_PC.reshape(-1), boxes_PC4.reshape(-1, 4)
+        kept = torch.where(scores > heads.score_thresh)[0]
+        kept = kept[remove_small_boxes(boxes[kept], min_size=1e-2)]
+        if not len(kept) and len(scores):
+            kept = scores.argmax()[None]
+        labels = kept % scores_PC.shape[1]
+        best = batched_nms(boxes[kept], scores[kept], labels + 1, heads.nms_thresh)[: heads.detections_per_img]
+        return kept[best] // scores_PC.shape[1], labels[best], scores[kept[best]]
+
+    def describe(self) -> dict[str, Any]:
+        """Backend, weights, their SHA-256, settings."""
+        return describe("torchvision_detector", self.weights, self.detector, self.settings)
+
+
+def load(weights: str, settings: RegionSettings, device: str) -> TorchvisionDetector:
+    """Open "tiny" or BUILDER:CHECKPOINT. Raises UserError when there is no such builder, file or match of the two."""
+    if weights == "tiny":
+        from feature_extract.sources.spoken_scenes import CLASSES
+        from feature_extract.tiny.regions import load_regions
+
+        return TorchvisionDetector(load_regions(), tuple(CLASSES), weights, settings, device)
+    builder, _, name = weights.partition(":")
+    detectors = torchvision.models.list_models(module=torchvision.models.detection, include="fasterrcnn*")
+    if builder not in detectors or not name:
+        names = ", ".join(detectors)
+        raise UserError(f"regions {weights!r}: expected tiny or BUILDER:CHECKPOINT, BUILDER one of {names}")
+    state = _read_state(Path(name))
+    if PREDICTOR not in state:
+        raise UserError(f"{name} holds no {PREDICTOR}: it is not the state dict of a torchvision Faster R-CNN")
+    count = len(state[PREDICTOR])
+    detector = torchvision.models.get_model(builder, weights=None, weights_backbone=None, num_classes=count)
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{name} does not fit {builder}: {str(error).splitlines()[1].strip()}") from error
+    return TorchvisionDetector(detector, _classes(Path(name), builder, count), weights, settings, device)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from .pt and .pth without running any pickled code."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format fails in its own ways
+        raise UserError(f"{path} could not be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    return dict(state.get("model", state)) if isinstance(state, dict) else {}
+
+
+def _classes(path: Path, builder: str, count: int) -> tuple[str, ...]:
+    """Class names: lines of CHECKPOINT.classes.txt, else COCO's when the count is COCO's. Background is left out."""
+    listed = path.with_suffix(".classes.txt")
+    if listed.exists():
+        names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+    else:
+        names = tuple(torchvision.models.get_model_weights(builder).DEFAULT.meta["categories"][1:])
+    if len(names) != count - 1:
+        raise UserError(f"{path} has {count - 1} classes and {len(names)} names: write one name a line into {listed}")
+    return names

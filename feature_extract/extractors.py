@@ -1,0 +1,105 @@
+"""The three extractors of a job: opened from the command line's words, or again from a manifest's description.
+
+    tiny | none | BACKEND:WEIGHTS --open_extractors--> Extractors --describe--> manifest --load_extractors--> Extractors
+
+A backend is a module under `backends/`, found by its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, NamedTuple
+
+from feature_extract import backends
+from feature_extract.audio import AudioExtractor, AudioSettings
+from feature_extract.codes import CodeExtractor
+from feature_extract.regions import RegionExtractor, RegionSettings
+from opt import config as configuration
+from opt.config import UserError
+from opt.data.manifest import Manifest
+
+TINY_BACKENDS = {"regions": "torchvision_detector", "audio": "transformers_speech", "codes": "dvae"}
+"""The backend of the embedded network of each kind."""
+
+
+class Extractors(NamedTuple):
+    """One extractor of each kind; None where a kind is not wanted."""
+
+    regions: RegionExtractor | None
+    audio: AudioExtractor | None
+    codes: CodeExtractor | None
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The description of each kind that is there, for the manifest."""
+        return {kind: one.describe() for kind, one in self._asdict().items() if one is not None}
+
+
+def open_extractors(
+    regions: str, audio: str, codes: str, region_settings: RegionSettings, audio_settings: AudioSettings, device: str
+) -> Extractors:
+    """Open each by its word. Raises UserError naming the word when there is no such backend or weights."""
+    return _build(
+        {
+            "regions": {**_parse("regions", regions), "settings": configuration.to_dict(region_settings)},
+            "audio": {**_parse("audio", audio), "settings": configuration.to_dict(audio_settings)},
+            "codes": _parse("codes", codes),
+        },
+        device,
+    )
+
+
+def load_extractors(manifest: Manifest, device: str = "cpu") -> Extractors:
+    """The extractors that made these shards, for raw pictures and recordings, and for looking at generated codes.
+
+    Raises UserError when weights can no longer be had, or are others than then.
+    """
+    return reopen(manifest.extractors, device)
+
+
+def reopen(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
+    """Extractors from `Extractors.describe`, their weights compared with what it says."""
+    extractors = _build(descriptions, device)
+    for kind, now in extractors.describe().items():
+        if now["weights_sha256"] != (then := descriptions[kind]["weights_sha256"]):
+            raise UserError(
+                f"{kind}: the weights {now['weights']!r} are not those that made the shards (SHA-256 "
+                f"{now['weights_sha256'][:12]}, then {then[:12]}); put those back, or extract again"
+            )
+    return extractors
+
+
+def _build(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
+    """One extractor for each description that names a backend."""
+    built: dict[str, Any] = {"regions": None, "audio": None, "codes": None}
+    for kind, about in descriptions.items():
+        if kind in built and about.get("backend"):
+            load = _backend(kind, about["backend"]).load
+            if kind == "codes":
+                built[kind] = load(about["weights"], device)
+            else:
+                settings_type: type[Any] = RegionSettings if kind == "regions" else AudioSettings
+                settings: Any = configuration.from_dict(settings_type, about["settings"], f"{kind} settings")
+                built[kind] = load(about["weights"], settings, device)
+    return Extractors(**built)
+
+
+def _parse(kind: str, word: str) -> dict[str, Any]:
+    """tiny, none or BACKEND:WEIGHTS as the beginning of a description."""
+    if word == "none":
+        return {}
+    backend, _, weights = (TINY_BACKENDS[kind], "", "tiny") if word == "tiny" else word.partition(":")
+    if not weights:
+        raise UserError(f"--{kind} {word}: expected tiny, none, or BACKEND:WEIGHTS, such as {TINY_BACKENDS[kind]}:...")
+    return {"backend": backend, "weights": weights}
+
+
+def _backend(kind: str, name: str) -> Any:
+    """The backend's module. Raises UserError when there is none of that name, or a package that it needs is missing."""
+    known = [module.name for module in pkgutil.iter_modules(backends.__path__)]
+    if name not in known:
+        raise UserError(f"--{kind} {name}: there is no such backend; there are {', '.join(known)}")
+    try:
+        return importlib.import_module(f"{backends.__name__}.{name}")
+    except ImportError as error:
+        raise UserError(f"--{kind} {name}: {error}; `opt doctor` says how to mend it") from error
