@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from eval.naming import LabelFinder, read_labels
@@ -34,16 +33,16 @@ def test_the_most_specific_label_wins():
     assert finder.find("two dogs with a diamond ring and berries") == {"dog", "diamond", "diamond ring", "berry"}
 
 
-def test_every_object_that_the_grammar_mentions_is_found():
-    captions = pytest.importorskip("feature_extract.sources.scene_captions")
+def test_captions_of_spoken_scenes_name_exactly_the_objects_that_they_mention():
     from feature_extract.sources.scene_drawing import COLORS, SHAPES
+    from feature_extract.sources.spoken_scenes import draw
 
     finder = LabelFinder(f"{color} {shape}" for color in COLORS for shape in SHAPES)
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        color, shape = str(random.choice(list(COLORS))), str(random.choice(list(SHAPES)))
-        phrases = [f"a large striped {color} {shape}", f"two {color} {captions._plural(shape)}"]
-        assert all(finder.find(f"there are {phrase} next to a wall") == {f"{color} {shape}"} for phrase in phrases)
+    for index in range(100):
+        scene = draw(0, index)
+        for telling in scene.tellings:
+            said = {thing.label for thing, there in zip(scene.objects, telling.caption.mentioned, strict=True) if there}
+            assert finder.find(telling.caption.sentence) == said, telling.caption.text
 
 
 def test_labels_are_read_by_key_and_a_bad_line_is_named(tmp_path):

@@ -16,7 +16,8 @@ from eval.sections import marked
 from opt.config import UserError
 
 EVIL = '<script>alert("x")</script> & "quotes" <img src=x onerror=y>'
-PROVENANCE = Provenance("opt", "a" * 64, "b" * 64, 200, 0, "opt eval X", "0.1.0", ("audio",), {"audio": {"weights": "tiny"}})
+AUDIO = {"audio": {"weights": "tiny"}}
+PROVENANCE = Provenance("opt", "a" * 64, "b" * 64, 200, 0, "opt eval X", "0.1.0", ("audio",), AUDIO)
 
 
 def results():
