@@ -1,7 +1,7 @@
 """Batch: what a preparer hands to a system. Flat tables of inputs, and views that say which entries form sequences.
 
     text, regions, frames   flat tables: every distinct input entry once, whoever uses it
-    views[name]             sequences: `gather` picks entries of [text; regions; frames], `layout` says where each begins
+    views[name]             sequences: `gather` picks entries of [text; regions; frames], `layout` says where they begin
     writings[name]          what a decoder writes, and which sequence of a view it looks at
     targets[name]           where a loss looks: positions in a view's flat tokens, and what should stand there
     counts[name]            how many targets a term has; the trainer sums them over ranks and micro-batches

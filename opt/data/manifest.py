@@ -52,7 +52,8 @@ class Manifest:
     """A complete folder. `extractors` says what made it: names, weight hashes, settings.
 
     `region_classes` names the detector's classes in order, `codebook` counts the image codes that exist.
-    Widths are 0 where no record has such features.
+    Widths are 0 where no record has such features; `frame_rate` is the highest, since a long recording may be pooled
+    more coarsely.
     """
 
     extractors: dict[str, Any]
@@ -119,7 +120,7 @@ def write_manifest(
         region_width=int(_agree(folder, receipts, "region_width")),
         region_classes=tuple(region_classes),
         speech_width=int(_agree(folder, receipts, "speech_width")),
-        frame_rate=_agree(folder, receipts, "frame_rate"),
+        frame_rate=max((receipt.frame_rate for receipt in receipts), default=0.0),
         codebook=codebook,
         shards=tuple(receipts),
         records=sum(receipt.records for receipt in receipts),

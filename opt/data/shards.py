@@ -290,12 +290,13 @@ def _index_rows(record: Record, offset: int, content: bytes, jpeg_offset: int, j
 
 
 def _widths(record: Record, before: dict[str, float]) -> dict[str, float]:
-    """Feature widths and frame rate after this record; RecordError where it differs from those before it."""
+    """Feature widths after this record, RecordError where one differs from those before it; the highest frame rate."""
     seen = [("region_width", picture.regions.shape[1]) for picture in record.pictures if picture.regions is not None]
     for narration in record.narrations:
         if narration.speech is not None:
-            seen += [("speech_width", narration.speech.shape[1]), ("frame_rate", float(narration.frame_rate))]
-    after = dict(before)
+            seen.append(("speech_width", narration.speech.shape[1]))
+    rates = [narration.frame_rate for narration in record.narrations if narration.speech is not None]
+    after = {**before, "frame_rate": float(max([before["frame_rate"], *rates]))}
     for name, value in seen:
         if after[name] not in (0, value):
             raise RecordError(f"record {record.key!r}: {name} is {value}, the records before it have {after[name]}")

@@ -16,19 +16,25 @@ Step = Callable[[Tensor, int], Tensor]
 
 def sample(
     step: Step, start_B: Tensor, length: int, top_k: int = 1, temperature: float = 1.0,
-    end: int | None = None, generator: torch.Generator | None = None,
+    end: int | None = None, uniform_BL: Tensor | None = None,
 ) -> Tensor:
     """Token ids (B, length): the likeliest each time (top_k = 1, greedy) or drawn among the `top_k` likeliest.
 
-    After `end` a sequence holds only `end`; the loop stops early when all have ended.
+    uniform_BL: numbers in [0, 1) that decide the draws, one a sequence and place: what a sequence draws does not depend
+    on the others. After `end` a sequence holds only `end`; the loop stops early when all have ended.
     """
     if top_k < 1 or temperature <= 0:
         raise ValueError(f"top_k must be at least 1 and temperature positive, got {top_k} and {temperature}")
+    if top_k > 1 and uniform_BL is None:
+        raise ValueError("drawing needs random numbers: give uniform_BL, or top_k = 1")
     ids_B, written = start_B, []
     ended_B = torch.zeros_like(start_B, dtype=torch.bool)
     for position in range(length):
         logits_BV = step(ids_B, position).float()
-        ids_B = _draw(logits_BV, top_k, temperature, generator)
+        if uniform_BL is None or top_k == 1:
+            ids_B = logits_BV.argmax(dim=-1)
+        else:
+            ids_B = _draw(logits_BV, top_k, temperature, uniform_BL[:, position])
         if end is not None:
             ids_B = torch.where(ended_B, end, ids_B)
             ended_B = ended_B | (ids_B == end)
@@ -41,9 +47,9 @@ def sample(
     return ids_BL
 
 
-def _draw(logits_BV: Tensor, top_k: int, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if top_k == 1:
-        return logits_BV.argmax(dim=-1)
+def _draw(logits_BV: Tensor, top_k: int, temperature: float, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative probability of the likeliest `top_k` passes uniform_B."""
     best_BK, ids_BK = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1)
-    drawn_B1 = torch.multinomial((best_BK / temperature).softmax(dim=-1), 1, generator=generator)
-    return ids_BK.gather(1, drawn_B1).squeeze(1)
+    passed_BK = (best_BK / temperature).softmax(dim=-1).cumsum(dim=-1) <= uniform_B[:, None]
+    place_B1 = passed_BK.sum(dim=-1, keepdim=True).clamp(max=best_BK.shape[-1] - 1)
+    return ids_BK.gather(1, place_B1).squeeze(1)

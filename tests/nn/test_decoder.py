@@ -41,7 +41,8 @@ def test_greedy_takes_the_likeliest_and_stops_at_the_end() -> None:
 def test_top_k_draws_only_the_likeliest_and_is_repeatable() -> None:
     table = torch.randn(50, 3, 20, generator=torch.Generator().manual_seed(1))
     start = torch.zeros(3, dtype=torch.long)
-    drawn = [sample(scripted(table), start, 50, top_k=4, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    uniform = torch.rand(3, 50, generator=torch.Generator().manual_seed(7))
+    drawn = [sample(scripted(table), start, 50, top_k=4, uniform_BL=uniform) for _ in range(2)]
     assert torch.equal(drawn[0], drawn[1])
     allowed = table.topk(4, dim=-1).indices.permute(1, 0, 2)
     assert (drawn[0][:, :, None] == allowed).any(-1).all()
@@ -51,3 +52,12 @@ def test_top_k_draws_only_the_likeliest_and_is_repeatable() -> None:
 def test_bad_sampling_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k"):
         sample(scripted(torch.zeros(1, 1, 2)), torch.zeros(1, dtype=torch.long), 1, top_k=0)
+
+
+def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
+    probability = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    uniform = (torch.arange(1000) / 1000)[:, None]
+    drawn = sample(lambda ids, place: probability.log().expand(1000, 4), torch.zeros(1000, dtype=torch.long), 1, top_k=3,
+                   uniform_BL=uniform)
+    shares = torch.bincount(drawn.flatten(), minlength=4) / 1000
+    torch.testing.assert_close(shares, torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]), atol=2e-3, rtol=0)

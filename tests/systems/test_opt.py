@@ -167,7 +167,10 @@ def test_abilities_do_not_depend_on_the_batch() -> None:
     sampling = Sampling(limit=8)
     texts = system.generate_text(samples, ["image"], sampling)
     assert texts == [system.generate_text([sample], ["image"], sampling)[0] for sample in samples]
-    assert system.generate_codes(samples, ["text"], Sampling(top_k=4)).shape == (6, 8, 8)
+    codes = system.generate_codes(samples, ["text"], Sampling(top_k=4))
+    assert codes.shape == (6, 8, 8)
+    alone = [system.generate_codes([sample], ["text"], Sampling(top_k=4)) for sample in samples]
+    assert torch.equal(codes, torch.cat(alone)), "what a sample draws is its own"
 
 
 def test_samples_without_a_modality_train_and_are_refused_where_it_is_asked_for() -> None:

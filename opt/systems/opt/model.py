@@ -5,8 +5,10 @@ Shape legend: N packed encoder tokens, S sequences, M targets, D width, E shared
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -197,9 +199,14 @@ class OPT(System):
         batch, hidden_ND, _ = self._encode_samples(samples, modalities)
         context_BLD, valid_BL = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
         caches = decoder.start(context_BLD, valid_BL)
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        uniform_BL = torch.from_numpy(np.stack([_uniform(sampling.seed, sample.key, length) for sample in samples]))
         return search(lambda ids_B, position: decoder.step(ids_B, position, caches, table.weight), start_B, length,
-                      sampling.top_k, sampling.temperature, end, generator)
+                      sampling.top_k, sampling.temperature, end, uniform_BL.to(self.device))
+
+
+def _uniform(seed: int, key: str, length: int) -> np.ndarray:
+    """The random numbers of one sample (L,): its own, whoever shares its batch."""
+    return np.random.default_rng((seed, zlib.crc32(key.encode()))).random(length)
 
 
 def _lengths(batch: Batch, total: int) -> Tensor:

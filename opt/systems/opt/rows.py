@@ -69,7 +69,10 @@ class Rows:
         return work.batch(rows)
 
     def inputs(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Batch:
-        """Uncorrupted sequences of the named modalities, one a sample. Raises UserError when one is absent."""
+        """Uncorrupted sequences of the named modalities, one a sample. Raises UserError when one is absent.
+
+        A picture in which the detector found nothing is there, as [CLS] alone.
+        """
         packer = Packer(self.region_width, self.speech_width)
         for sample in samples:
             parts, _ = self.parts(packer, sample, modalities)
@@ -88,7 +91,7 @@ class Rows:
             ids = self.tokenizer.encode(sample.caption, self.config.text_positions - 2)
             parts["text"] = packer.text(np.concatenate([[self.tokenizer.cls], ids, [self.tokenizer.sep]]))
         picture = sample.pictures[0] if sample.pictures and "image" in modalities else None
-        if picture is not None and picture.regions is not None and len(picture.regions):
+        if picture is not None and picture.regions is not None:
             parts["image"] = packer.regions(picture)
         if sample.speech is not None and "audio" in modalities:
             parts["audio"] = packer.frames(sample.speech[: self.config.frame_positions])
@@ -116,6 +119,7 @@ class _BatchWork:
     def clean(self, sample: Sample) -> Clean:
         """The sample's parts, and its single-modality sequences when the alignment needs them."""
         parts, ids = self.rows.parts(self.packer, sample)
+        parts = {name: part for name, part in parts.items() if len(part)}  # a picture in which nothing was found
         alone = {}
         if self.config.alignment_weight > 0:
             alone = {name: self.packer.sequence("encoder", self.rows.join(self.packer, {name: part}))

@@ -1,0 +1,94 @@
+"""Discrete VAE: 64 x 64 pixels <-> 8 x 8 codes (opt-spec section 1.1; DALL-E, arXiv 2102.12092, section 2.1).
+
+    encoder   Conv, (2x down, Block) three times, Conv -> logits over the codebook at each of 8 x 8 places
+    decoder   Conv, (Block, 2x up) three times, Conv -> pixels: the shape of the paper's Figure 2
+
+Trained through a Gumbel-softmax whose temperature falls; used by taking the likeliest code.
+Shape legend: B pictures, K codes of the codebook, grid 8 x 8.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """widths: channels at 32, 16 and 8 pixels; codebook: how many codes there are."""
+
+    codebook: int = 512
+    widths: tuple[int, int, int] = (32, 64, 128)
+
+
+class Block(nn.Module):
+    """Residual: norm, SiLU, 3x3 convolution, twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.layers(hidden)
+
+
+class DiscreteVAE(nn.Module):
+    """Pixels in [0, 1] to codes and back."""
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        high, middle, low = config.widths
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, high, 4, 2, 1), Block(high), nn.Conv2d(high, middle, 4, 2, 1), Block(middle),
+            nn.Conv2d(middle, low, 4, 2, 1), Block(low), nn.GroupNorm(8, low), nn.SiLU(),
+            nn.Conv2d(low, config.codebook, 1),
+        )
+        # Codes must differ by more than the Gumbel noise from the first step on, or the decoder learns to ignore them.
+        nn.init.normal_(self.encoder[-1].weight, std=3 / math.sqrt(low))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.codebook, low, 1, bias=False), Block(low), _Up(low, middle), Block(middle),
+            _Up(middle, high), Block(high), nn.GroupNorm(8, high), nn.SiLU(), _Up(high, 3),
+        )
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 64, 64) in [0, 1] -> (B, K, 8, 8)."""
+        return self.encoder(2 * pixels - 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 64, 64) in [0, 1] -> codes (B, 8, 8) int64."""
+        return self.logits(pixels).argmax(dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, 8, 8) int64 -> pixels (B, 3, 64, 64) in [0, 1]."""
+        return self.pixels(F.one_hot(codes, self.config.codebook).permute(0, 3, 1, 2).float())
+
+    def pixels(self, weights: Tensor) -> Tensor:
+        """Weights over the codebook (B, K, 8, 8), one-hot or soft -> pixels (B, 3, 64, 64) in [0, 1]."""
+        return self.decoder(weights).sigmoid()
+
+    def forward(self, pixels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Training pass: the reconstruction, and how unevenly the batch uses the codebook (nats).
+
+        The second is the KL of the codes' mean probability over all places to the uniform one. DALL-E takes the KL of
+        each place instead, which asks every place to be undecided: on small codebooks it left nine codes of ten unused.
+        """
+        logits = self.logits(pixels).float()
+        weights = F.gumbel_softmax(logits, tau=temperature, dim=1)
+        usage_K = logits.softmax(dim=1).mean(dim=(0, 2, 3))
+        divergence = math.log(self.config.codebook) + (usage_K * (usage_K + 1e-9).log()).sum()
+        return self.pixels(weights), divergence
+
+
+class _Up(nn.Sequential):
+    """Twice as wide and high, then a 3x3 convolution."""
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, to, 3, padding=1))
