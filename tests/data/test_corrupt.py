@@ -1,0 +1,49 @@
+"""Corruption: rates within binomial bounds, 80/10/10, never everything, a pure function of the row's key."""
+
+import numpy as np
+import pytest
+
+from opt.data import corrupt
+
+DRAWS = 100_000
+MASK, ORDINARY = 4, np.arange(10, 110)
+
+
+def within(share: float, wanted: float, draws: int = DRAWS) -> bool:
+    """Within five standard deviations of a binomial share."""
+    return abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / draws)
+
+
+def test_words_are_masked_replaced_and_kept_at_80_10_10() -> None:
+    ids = np.full(DRAWS, 10)
+    changed = corrupt.words(ids, MASK, ORDINARY, corrupt.row_generator(1))
+    kept_by_chance = 0.1 / len(ORDINARY)
+    assert within((changed == MASK).mean(), 0.8)
+    assert within((changed == 10).mean(), 0.1 + kept_by_chance)
+    assert set(np.unique(changed)) <= {MASK, *ORDINARY.tolist()}, "never a special token but the mask"
+
+
+def test_positions_are_hidden_at_their_rate_and_at_least_one() -> None:
+    rng = corrupt.row_generator(2)
+    drawn = [corrupt.positions(40, 0.15, rng) for _ in range(DRAWS // 40)]
+    at_least_one = (1 - 0.15) ** 40 / 40  # what forcing one adds
+    assert within(sum(map(len, drawn)) / DRAWS, 0.15 + at_least_one)
+    assert all(len(corrupt.positions(3, 0.0, rng)) == 1 for _ in range(100))
+    with pytest.raises(ValueError, match="empty"):
+        corrupt.positions(0, 0.15, rng)
+
+
+def test_whole_modalities_are_hidden_independently_and_never_all() -> None:
+    rng = corrupt.row_generator(3)
+    present = np.array([True, True, True])
+    drawn = np.array([corrupt.modalities(present, 0.3, rng) for _ in range(DRAWS // 10)])
+    assert not drawn.all(axis=1).any()
+    given_not_all = (0.3 - 0.3**3) / (1 - 0.3**3)
+    assert all(within(share, given_not_all, len(drawn)) for share in drawn.mean(axis=0))
+    two = np.array([corrupt.modalities(np.array([True, False, True]), 0.5, rng) for _ in range(200)])
+    assert not two[:, 1].any() and not two[:, [0, 2]].all(axis=1).any()
+
+
+def test_a_key_decides_everything() -> None:
+    again = [corrupt.positions(30, 0.3, corrupt.row_generator(77)).tolist() for _ in range(2)]
+    assert again[0] == again[1] != corrupt.positions(30, 0.3, corrupt.row_generator(78)).tolist()
