@@ -119,13 +119,18 @@ def _try_lay_out(rng: np.random.Generator) -> tuple[Thing, ...] | None:
             thing = Thing(
                 shape, color, size, texture, 0, 0, unit=unit,
                 diameter=float(rng.uniform(*SIZES[size])), turn=float(rng.uniform(-0.2, 0.2)),
-                tint=tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255)),
+                tint=_jitter(COLORS[color], rng),
             )  # fmt: skip
             spot = _find_spot(rng, thing, placed)
             if spot is None:
                 return None
             placed.append(replace(thing, x=spot[0], y=spot[1]))
     return _with_hidden(placed)
+
+
+def _jitter(color: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.array(color) + rng.integers(-14, 15, 3), 0, 255)
+    return int(red), int(green), int(blue)
 
 
 def _find_spot(rng: np.random.Generator, thing: Thing, placed: list[Thing]) -> tuple[float, float] | None:
@@ -196,7 +201,9 @@ def _paint_thing(picture: Image.Image, thing: Thing, phase: float) -> None:
     _fill(ImageDraw.Draw(mask), thing, local, 255)
     dark = sum(thing.tint) < 330
     shade = tuple(int(0.45 * value + (0.55 * 255 if dark else 0)) for value in thing.tint)
-    fill = Image.fromarray(np.where(_texture(thing, size, phase)[..., None], np.uint8(shade), np.uint8(thing.tint)))
+    fill = Image.fromarray(
+        np.where(_texture(thing, size, phase)[..., None], *(np.array(tone, np.uint8) for tone in (shade, thing.tint)))
+    )
     draw = ImageDraw.Draw(fill)
     loops = [local, (local + local.mean(0)) / 2] if thing.shape == "ring" else [local]
     for loop in loops:

@@ -34,13 +34,13 @@ def main(library_path: str, data_path: str, voice: str, words_a_minute: int, pit
     samples = bytearray()
     words: list[tuple[int, int]] = []
 
-    def receive(wave: object, count: int, events: object) -> int:
+    def receive(wave: int | None, count: int, events: "ctypes._Pointer[Event]") -> int:
         if wave and count > 0:
             samples.extend(ctypes.string_at(wave, 2 * count))
         number = 0
-        while events[number].kind != 0:  # type: ignore[index]
-            if events[number].kind == WORD_EVENT:  # type: ignore[index]
-                words.append((events[number].character - 1, events[number].milliseconds))  # type: ignore[index]
+        while events[number].kind != 0:
+            if events[number].kind == WORD_EVENT:
+                words.append((events[number].character - 1, events[number].milliseconds))
             number += 1
         return 0
 
