@@ -7,7 +7,6 @@ Shape legend: S samples at 16 kHz, W words of the caption.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -100,16 +99,17 @@ def _synthesise(caption: str, voice: Voice) -> tuple[np.ndarray, list[float]]:
     if answer.returncode != 0:
         raise UserError(f"espeak-ng failed on {caption!r}: {answer.stderr.decode(errors='replace').strip()}")
     head, _, sound = answer.stdout.partition(b"\n")
-    heard = json.loads(head)
-    samples = soxr.resample(np.frombuffer(sound, np.int16).astype(np.float64) / 32768, heard["rate"], SAMPLE_RATE)
+    rate, *places = head.decode().split()
+    events = [tuple(map(int, place.split(":"))) for place in places]
+    samples = soxr.resample(np.frombuffer(sound, np.int16).astype(np.float64) / 32768, int(rate), SAMPLE_RATE)
     voiced = np.flatnonzero(np.abs(samples) > 0.01)
     last = int(voiced[-1]) + 1 if len(voiced) else len(samples)
     silence = np.zeros(SAMPLE_RATE // 10)
-    starts = _word_starts(caption, heard["words"], last / SAMPLE_RATE)
+    starts = _word_starts(caption, events, last / SAMPLE_RATE)
     return np.concatenate([silence, samples[:last], silence]), [start + len(silence) / SAMPLE_RATE for start in starts]
 
 
-def _word_starts(caption: str, events: list[tuple[int, int]], seconds: float) -> list[float]:
+def _word_starts(caption: str, events: list[tuple[int, ...]], seconds: float) -> list[float]:
     """Seconds at which each word begins. espeak-ng merges short words ("of the"): those are placed by characters."""
     known = {character: milliseconds / 1000 for character, milliseconds in events}
     characters, at = [], 0

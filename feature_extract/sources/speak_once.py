@@ -1,13 +1,12 @@
 """Speak one utterance with espeak-ng and end: a program, run in a fresh process for every utterance.
 
 espeak-ng keeps state: the same sentence gives other samples the second time within one process. So this file is
-started anew (`python -I -S speak_once.py LIBRARY DATA VOICE RATE PITCH TEXT`, standard library only, about 20 ms) and
-writes to standard output one JSON line {"rate": Hz, "words": [[character, milliseconds], ...]}, then the samples,
-16-bit mono.
+started anew (`python -I -S speak_once.py LIBRARY DATA VOICE RATE PITCH TEXT`, about 20 ms; it imports as little as it
+can) and writes to standard output one line "HZ CHARACTER:MILLISECONDS ..." with the place and time of each word, then
+the samples, 16-bit mono.
 """
 
 import ctypes
-import json
 import sys
 
 RETRIEVAL, RATE, PITCH, UTF8, WORD_EVENT = 1, 1, 3, 1, 1
@@ -57,7 +56,8 @@ def main(library_path: str, data_path: str, voice: str, words_a_minute: int, pit
     if library.espeak_Synth(content, ctypes.c_size_t(len(content)), 0, 1, 0, UTF8, None, None) != 0:
         sys.exit(f"espeak-ng could not speak {text!r}")
     library.espeak_Synchronize()
-    sys.stdout.buffer.write(json.dumps({"rate": rate, "words": words}).encode() + b"\n" + bytes(samples))
+    head = " ".join([str(rate), *(f"{character}:{milliseconds}" for character, milliseconds in words)])
+    sys.stdout.buffer.write(head.encode() + b"\n" + bytes(samples))
 
 
 if __name__ == "__main__":
