@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_extract.extractors import Extractors
-from feature_extract.media import SAMPLE_RATE, LoadedPicture, MediaError, read_picture, read_recording
+from feature_extract.media import LoadedPicture, MediaError, read_picture, read_recording
 from feature_extract.sources.item import Item, NarrationItem
 from opt.data.manifest import Failure
 from opt.data.record import Narration, Picture, Record
@@ -103,9 +103,7 @@ def _narration(media: Media, number: int, narration: NarrationItem, extractors: 
             media.fail(f"recording {number}", f"extractor failed ({type(error).__name__}: {error})")
     if speech is None:
         return Narration(narration.narration_id, narration.caption) if narration.caption is not None else None
-    assert waveform is not None and extractors.audio is not None
-    rate, seconds = extractors.audio.settings.frames_per_second, len(waveform) / SAMPLE_RATE
-    return Narration(narration.narration_id, narration.caption, speech, rate, seconds)
+    return Narration(narration.narration_id, narration.caption, speech.features, speech.frame_rate, speech.seconds)
 
 
 def _is_empty(narration: NarrationItem) -> bool:

@@ -28,13 +28,22 @@ class AudioSettings:
     max_seconds: float = 300.0
 
 
+@dataclass(frozen=True)
+class Speech:
+    """features (T, D) float16 at `frame_rate` frames a second; `seconds` of recording."""
+
+    features: np.ndarray
+    frame_rate: float
+    seconds: float
+
+
 class AudioExtractor(Protocol):
     """Batch-invariant: one recording a call."""
 
     settings: AudioSettings
 
-    def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """Waveform (n,) float32 at 16 kHz -> features (T, D) float16."""
+    def __call__(self, waveform: np.ndarray) -> Speech:
+        """The features of a waveform (n,) float32 at 16 kHz."""
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256 and the settings: enough to build the same extractor again."""
@@ -45,8 +54,13 @@ def standardise(waveform: np.ndarray) -> np.ndarray:
     return ((waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)).astype(np.float32)
 
 
-def pool_frames(hidden_TD: Tensor, samples: int, settings: AudioSettings) -> np.ndarray:
-    """Features of a recording of `samples` at 16 kHz, averaged to the stored rate: (T', D) float16, T' >= 1."""
-    wanted = round(samples / SAMPLE_RATE * settings.frames_per_second)
-    frames = max(1, min(wanted, settings.max_frames, len(hidden_TD)))
-    return F.adaptive_avg_pool1d(hidden_TD.float().T, frames).T.cpu().numpy().astype(np.float16)
+def pool_frames(hidden_TD: Tensor, samples: int, settings: AudioSettings) -> Speech:
+    """Features of a recording of `samples` at 16 kHz, averaged to the stored rate, or to fewer frames: at least one.
+
+    `frame_rate` is the stated rate, unless the recording would have more frames than `max_frames` or than the network.
+    """
+    seconds = samples / SAMPLE_RATE
+    wanted = max(1, round(seconds * settings.frames_per_second))
+    frames = min(wanted, settings.max_frames, len(hidden_TD))
+    pooled = F.adaptive_avg_pool1d(hidden_TD.float().T, frames).T.cpu().numpy().astype(np.float16)
+    return Speech(pooled, settings.frames_per_second if frames == wanted else frames / seconds, seconds)

@@ -28,9 +28,9 @@ from feature_extract.audio import AudioSettings
 from feature_extract.extractors import Extractors, open_extractors
 from feature_extract.local_runner import Row, Setup, WorkItem
 from feature_extract.regions import RegionSettings
-from feature_extract.sources.item import Item
+from feature_extract.sources.item import BadRow, Item
 from opt.config import UserError
-from opt.data.manifest import MANIFEST, Failure, Manifest, read_receipt, shard_name, write_manifest
+from opt.data.manifest import MANIFEST, Manifest, read_receipt, shard_name, write_manifest
 from opt.files import open_atomic, write_atomic
 from opt.progress import progress
 
@@ -86,9 +86,10 @@ def extract(config: ExtractConfig) -> None:
     _check(config)
     rows = plan_rows(config.source, config.folder, config.split)
     work = plan_work(rows, config.shard_size)
-    done = [item for item in work if read_receipt(config.out, item.name) is not None]
+    todo = [item for item in work if read_receipt(config.out, item.name) is None]
+    done = len(work) - len(todo)
     if config.dry_run:
-        print(f"would extract {len(rows)} rows into {len(work)} shards in {config.out}; {len(done)} are there already")
+        print(f"would extract {len(rows)} rows into {len(work)} shards in {config.out}; {done} are there already")
         return
     config.out.mkdir(parents=True, exist_ok=True)
     device = _device(config.device)
@@ -97,17 +98,18 @@ def extract(config: ExtractConfig) -> None:
                                      _audio_settings(config), device)
         descriptions = extractors.describe()
         _claim(config, _fingerprint(rows, config.folder), device, descriptions)
-        todo = [item for item in work if item not in done]
+        if todo:
+            (config.out / MANIFEST).unlink(missing_ok=True)
         setup = Setup(config.out, descriptions, device, config.jpeg)
-        finished = sum(len(item.rows) for item in done)
-        with progress(f"extract {config.split}", total=len(rows), done=finished, unit="samples") as bar:
+        finished = len(rows) - sum(len(item.rows) for item in todo)
+        with progress(f"extract {config.split}", total=len(rows), done=finished, unit="rows") as bar:
             local_runner.run(todo, setup, extractors, config.workers, bar.advance)
         manifest = _commit(config.out, [item.name for item in work], extractors, descriptions)
-    print(_summary(config.out, manifest, len(done)))
+    print(_summary(config.out, manifest, done))
 
 
 def plan_rows(source: str, folder: Path, split: str) -> list[Row]:
-    """All rows of the source, in its order; a key that has been seen becomes a Failure in its place."""
+    """All rows of the source, in its order; a key that has been seen becomes a BadRow in its place."""
     module = source.replace("-", "_")
     known = [entry.name for entry in pkgutil.iter_modules(sources.__path__)]
     reader: Any = importlib.import_module(f"{sources.__name__}.{module}") if module in known else None
@@ -120,7 +122,7 @@ def plan_rows(source: str, folder: Path, split: str) -> list[Row]:
     rows: list[Row] = []
     for row in reader.read(folder, split):
         if isinstance(row, Item) and row.key in keys:
-            row = Failure(row.key, "row: another row has this key")
+            row = BadRow(row.key, "another row has this key")
         elif isinstance(row, Item):
             keys.add(row.key)
         rows.append(row)
@@ -193,9 +195,10 @@ def _claim(config: ExtractConfig, rows_sha256: str, device: str, extractors: dic
                     f"{config.out} was begun with {_words(name, before[name])}, now it is {_words(name, value)}: "
                     "give what it was begun with, or choose another --out"
                 )
+    elif any(config.out.glob("*.tar")):
+        raise UserError(f"{config.out} holds shards without {SETTINGS}, made in another way: choose another --out")
     else:
         write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
-    (config.out / MANIFEST).unlink(missing_ok=True)
 
 
 def _words(name: str, value: Any) -> str:
@@ -212,7 +215,7 @@ def _fingerprint(rows: Sequence[Row], folder: Path) -> str:
     """SHA-256 over everything the source says, with paths as seen from its folder."""
     digest = hashlib.sha256()
     for row in rows:
-        if isinstance(row, Failure):
+        if isinstance(row, BadRow):
             said: list[Any] = [row.key, row.reason]
         else:
             tellings = [(telling.narration_id, telling.caption, telling.recording) for telling in row.narrations]

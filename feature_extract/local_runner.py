@@ -6,6 +6,7 @@ it writes depends on nothing but its rows and the extractors, so who does it, an
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -23,13 +24,12 @@ import torch
 
 from feature_extract.assemble import Media, make_record, read_media
 from feature_extract.extractors import Extractors, reopen
-from feature_extract.sources.item import Item
+from feature_extract.sources.item import BadRow, Item
 from opt.config import UserError
-from opt.data.manifest import Failure
 from opt.data.record import RecordError
 from opt.data.shards import ShardWriter
 
-Row = Item | Failure
+Row = Item | BadRow
 READ_AHEAD = 8
 """Rows whose files are read while the networks are busy with an earlier one."""
 POLL_SECONDS = 0.2
@@ -61,13 +61,13 @@ def extract_shard(work: WorkItem, extractors: Extractors, out: Path, jpeg: bool,
     """Write one shard and its receipt, or nothing. `on_row` is called after each row and may raise to stop."""
     max_seconds = extractors.audio.settings.max_seconds if extractors.audio is not None else None
 
-    def read(row: Row) -> Media | Failure:
-        return row if isinstance(row, Failure) else read_media(row, jpeg, max_seconds)
+    def read(row: Row) -> Media | BadRow:
+        return row if isinstance(row, BadRow) else read_media(row, jpeg, max_seconds)
 
     with one_thread(), ShardWriter(out, work.name) as shard:
         for media in _ahead(read, work.rows):
-            if isinstance(media, Failure):
-                shard.fail(media.key, media.reason)
+            if isinstance(media, BadRow):
+                shard.fail(media.key, f"row: {media.reason}")
             else:
                 record, failures = make_record(media, extractors)
                 for failure in failures:
@@ -118,16 +118,15 @@ def _run_in_processes(work: Sequence[WorkItem], setup: Setup, workers: int, on_r
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Setup, Extractors, Any, Any]
-"""What a worker process keeps between work items: setup, networks, counter of rows, request to stop."""
+_worker: tuple[Setup, Any, Any]
+"""What a worker process is born with: setup, counter of rows, request to stop."""
 
 
 def _begin_worker(setup: Setup, rows: Any, stop: Any) -> None:
-    """Load the networks once, and end with the parent, however that ends."""
+    """Remember what work items need, and end with the parent, however that ends."""
     global _worker
+    _worker = (setup, rows, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _worker = (setup, reopen(setup.extractors, setup.device), rows, stop)
 
 
 def _end_with_parent() -> None:
@@ -137,8 +136,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@functools.cache
+def _networks() -> Extractors:
+    """Loaded once a process, at its first work item: an error then travels to the parent as any other."""
+    torch.set_num_threads(1)
+    return reopen(_worker[0].extractors, _worker[0].device)
+
+
 def _work(item: WorkItem) -> None:
-    setup, extractors, rows, stop = _worker
+    setup, rows, stop = _worker
 
     def on_row() -> None:
         with rows.get_lock():
@@ -146,13 +152,13 @@ def _work(item: WorkItem) -> None:
         if stop.is_set():
             raise Stopped
 
-    extract_shard(item, extractors, setup.out, setup.jpeg, on_row)
+    extract_shard(item, _networks(), setup.out, setup.jpeg, on_row)
 
 
-def _ahead(read: Callable[[Row], Media | Failure], rows: Sequence[Row]) -> Iterator[Media | Failure]:
+def _ahead(read: Callable[[Row], Media | BadRow], rows: Sequence[Row]) -> Iterator[Media | BadRow]:
     """`read` of every row in order, a few ahead of the consumer, in a thread: decoders release the interpreter."""
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[Media | Failure]] = deque()
+        waiting: deque[Future[Media | BadRow]] = deque()
         try:
             for row in rows:
                 waiting.append(thread.submit(read, row))

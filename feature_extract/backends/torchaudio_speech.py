@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torchaudio
 
-from feature_extract.audio import AudioSettings, pool_frames
+from feature_extract.audio import AudioSettings, Speech, pool_frames
 from feature_extract.description import describe
 from feature_extract.media import SAMPLE_RATE
 from opt.config import UserError
@@ -25,8 +25,8 @@ class TorchaudioSpeech:
         self.weights, self.settings, self.device = weights, settings, device
 
     @torch.inference_mode()
-    def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """Waveform (n,) float32 at 16 kHz -> features (T, D) float16."""
+    def __call__(self, waveform: np.ndarray) -> Speech:
+        """The features of a waveform (n,) float32 at 16 kHz."""
         layers, _ = self.network.extract_features(torch.from_numpy(waveform)[None].to(self.device))
         return pool_frames(layers[-1][0], len(waveform), self.settings)
 

@@ -87,10 +87,11 @@ class TorchvisionDetector:
 def load(weights: str, settings: RegionSettings, device: str) -> TorchvisionDetector:
     """Open "tiny" or BUILDER:CHECKPOINT. Raises UserError when there is no such builder, file or match of the two."""
     if weights == "tiny":
-        from feature_extract.sources.spoken_scenes import CLASSES
+        from feature_extract.tiny import weights_file
         from feature_extract.tiny.regions import load_regions
 
-        return TorchvisionDetector(load_regions(), tuple(CLASSES), weights, settings, device)
+        classes = weights_file.read_config(weights_file.FOLDER / "regions.safetensors")["classes"]
+        return TorchvisionDetector(load_regions(), tuple(classes), weights, settings, device)
     builder, _, name = weights.partition(":")
     detectors = torchvision.models.list_models(module=torchvision.models.detection, include="fasterrcnn*")
     if builder not in detectors or not name:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from feature_extract.audio import AudioSettings, pool_frames, standardise
+from feature_extract.audio import AudioSettings, Speech, pool_frames, standardise
 from feature_extract.description import describe
 from feature_extract.media import SAMPLE_RATE
 from opt.config import UserError
@@ -27,8 +27,8 @@ class TransformersSpeech:
         self.normalise, self.weights, self.settings, self.device = normalise, weights, settings, device
 
     @torch.inference_mode()
-    def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """Waveform (n,) float32 at 16 kHz -> features (T, D) float16."""
+    def __call__(self, waveform: np.ndarray) -> Speech:
+        """The features of a waveform (n,) float32 at 16 kHz."""
         heard = standardise(waveform) if self.normalise else waveform
         hidden_TD = self.network(torch.from_numpy(heard)[None].to(self.device)).last_hidden_state[0]
         return pool_frames(hidden_TD, len(waveform), self.settings)

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from feature_extract.sources.item import Item, NarrationItem, clean_key
+from feature_extract.sources.item import BadRow, Item, NarrationItem, clean_key
 from opt.config import UserError
-from opt.data.manifest import Failure
 
 PATTERN = "_localized_narratives*.jsonl"
 
@@ -30,12 +29,12 @@ class _Line(NamedTuple):
     recording: str | None
 
 
-def read(folder: Path, split: str) -> Iterator[Item | Failure]:
-    """The split's items in order of first appearance; a malformed line is a Failure in the place where it stands.
+def read(folder: Path, split: str) -> Iterator[Item | BadRow]:
+    """The split's items in order of first appearance; a malformed line is a BadRow in the place where it stands.
 
     Raises UserError when the folder holds no file of that split.
     """
-    narrations: dict[str, list[_Line] | Failure] = {}
+    narrations: dict[str, list[_Line] | BadRow] = {}
     for path in _files(folder, split):
         with path.open("rb") as file:
             for number, content in enumerate(file, start=1):
@@ -45,13 +44,13 @@ def read(folder: Path, split: str) -> Iterator[Item | Failure]:
                     image_id, line = _parse(content)
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     where = f"{path.name}:{number}"
-                    narrations[where] = Failure(where, f"row: malformed line ({type(error).__name__}: {error})")
+                    narrations[where] = BadRow(where, f"malformed line ({type(error).__name__}: {error})")
                     continue
                 lines = narrations.setdefault(image_id, [])
                 if isinstance(lines, list):
                     lines.append(line)
     for image_id, lines in narrations.items():
-        yield lines if isinstance(lines, Failure) else _item(folder, image_id, lines)
+        yield lines if isinstance(lines, BadRow) else _item(folder, image_id, lines)
 
 
 def _files(folder: Path, split: str) -> list[Path]:

@@ -1,0 +1,187 @@
+"""`opt extract` as a whole: what is written, what is lost and said so, what a stop and a changed setting do."""
+
+import dataclasses
+import json
+import multiprocessing
+import tarfile
+
+import numpy as np
+import pytest
+
+from feature_extract import local_runner
+from feature_extract.extractors import load_extractors
+from feature_extract.job import ExtractConfig, extract
+from feature_extract.media import read_picture, read_recording
+from opt.config import UserError
+from opt.data.manifest import read_manifest
+from opt.data.shards import ShardReader
+
+
+def config(corpus, out, **more) -> ExtractConfig:
+    settings = {"shard_size": 3, "workers": 1, "device": "cpu"} | more
+    return ExtractConfig("localized_narratives", corpus, out, **settings)
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file of a finished job but its lock."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def members(folder) -> dict[tuple[str, str], bytes]:
+    """(shard, member) -> bytes."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path, "r:") as tar:
+            found |= {(path.name, member.name): tar.extractfile(member).read() for member in tar}
+    return found
+
+
+def test_samples_hold_what_the_extractors_see(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    extract(config(corpus, out))
+    reader = ShardReader(out)
+    assert list(reader.keys()) == ["p0", "p1", "p2", "p2", "p3", "p4", "p5", "p6", "p7"]
+    regions, audio, codes = load_extractors(reader.manifest)
+    sample = reader.sample(3, jpeg=True)
+    picture = read_picture(corpus / "images" / "p2.jpg")
+    with local_runner.one_thread():
+        found = regions(picture.image)
+        speech = audio(read_recording(corpus / "voice" / "train" / "r8.flac"))
+        np.testing.assert_array_equal(sample.pictures[0].codes, codes(picture.image))
+    np.testing.assert_array_equal(sample.pictures[0].regions, found.features)
+    np.testing.assert_array_equal(sample.pictures[0].boxes, found.boxes)
+    np.testing.assert_array_equal(sample.speech, speech.features)
+    assert sample.caption == "Telling 8 of picture 2."
+    assert (sample.pictures[0].width, sample.pictures[0].height) == (112, 96)
+    assert sample.pictures[0].jpeg == (corpus / "images" / "p2.jpg").read_bytes()
+    assert reader.manifest.codebook == codes.codebook and reader.manifest.region_classes == regions.classes
+    said = capsys.readouterr().out
+    assert "8 records, 9 samples in 3 shards" in said and "regions tiny, audio tiny, codes tiny" in said
+
+
+def test_what_is_broken_is_listed_and_shifts_nothing(corpus, tmp_path, capsys):
+    extract(config(corpus, tmp_path / "whole"))
+    broken = corpus / "images" / "p3.jpg"
+    broken.write_bytes(broken.read_bytes()[:900])
+    (corpus / "voice" / "train" / "r4.flac").unlink()
+    path = corpus / "train_localized_narratives.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[5:7] = [lines[5].replace("Telling 5 of picture 5.", "  "), "{malformed\n"]
+    path.write_text("".join(lines))
+    extract(config(corpus, tmp_path / "holes"))
+    whole, holes = members(tmp_path / "whole"), members(tmp_path / "holes")
+    lost = {name.split(".")[0] for _, name in whole.keys() - holes.keys()}
+    changed = {name for place, name in holes if whole[place, name] != holes[place, name]}
+    assert lost == {"p3", "p5", "p6"} and changed == {"p4.safetensors"} and not holes.keys() - whole.keys()
+    failures = [json.loads(line) for line in (tmp_path / "holes" / "failures.jsonl").read_text().splitlines()]
+    assert [(failure["key"], failure["part"]) for failure in failures] == [
+        ("p3", "picture 0"), ("p4", "recording 0"), ("p5", "caption 0"), ("train_localized_narratives.jsonl:7", "row")]
+    assert failures[0]["reason"].startswith("broken picture (") and failures[1]["reason"] == "missing file"
+    reader = ShardReader(tmp_path / "holes")
+    sample = reader.sample(list(reader.keys()).index("p4"))
+    assert sample.speech is None and sample.caption and sample.pictures
+    said = capsys.readouterr().out
+    for reason in ("picture: broken picture", "recording: missing file", "caption: empty", "row: malformed line"):
+        assert f"     1  {reason}" in said
+    assert len(read_manifest(tmp_path / "holes").failures) == 4
+
+
+def test_one_telling_without_a_caption_leaves_the_other(corpus, tmp_path):
+    path = corpus / "train_localized_narratives.jsonl"
+    path.write_text(path.read_text().replace("Telling 2 of picture 2.", ""))
+    extract(config(corpus, tmp_path / "out"))
+    reader = ShardReader(tmp_path / "out")
+    assert [narration.caption for narration in reader.record(2).narrations] == ["Telling 8 of picture 2."]
+
+
+def test_a_second_run_does_nothing_again(corpus, tmp_path, monkeypatch, capsys):
+    extract(config(corpus, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(local_runner, "extract_shard", lambda *_: pytest.fail("a finished shard was extracted again"))
+    extract(config(corpus, tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+    assert "(3 were there already)" in capsys.readouterr().out
+
+
+def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
+    extract(config(corpus, tmp_path / "whole"))
+    make, made = local_runner.make_record, []
+
+    def stop_at_the_fifth(*given):
+        made.append(given)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return make(*given)
+
+    monkeypatch.setattr(local_runner, "make_record", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config(corpus, tmp_path / "out"))
+    assert sorted(contents(tmp_path / "out")) == ["00000.json", "00000.npy", "00000.tar", "settings.json"]
+    monkeypatch.setattr(local_runner, "make_record", make)
+    (tmp_path / "out" / ".00001.tar.0123abcd.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "out" / "00002.tar").write_bytes(b"a shard without a receipt")
+    kept = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
+    extract(config(corpus, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == kept
+
+
+def test_processes_write_the_same_bytes(corpus, tmp_path):
+    extract(config(corpus, tmp_path / "one"))
+    extract(config(corpus, tmp_path / "two", workers=2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"max_regions": 5}, "--max-regions 36, now it is --max-regions 5"), ({"jpeg": False}, "--jpeg True"),
+     ({"shard_size": 4}, "--shard-size 3"), ({"audio": "none"}, "now it is --audio none")],
+)
+def test_other_settings_need_another_folder(corpus, tmp_path, change, said):
+    small = config(corpus, tmp_path / "out", codes="none")
+    extract(small)
+    with pytest.raises(UserError, match=said):
+        extract(dataclasses.replace(small, **change))
+    read_manifest(tmp_path / "out")
+
+
+def test_another_list_of_rows_needs_another_folder(corpus, tmp_path):
+    extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
+    path = corpus / "train_localized_narratives.jsonl"
+    path.write_text(path.read_text().replace("Telling", "Saying"))
+    with pytest.raises(UserError, match="list of rows"):
+        extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
+
+
+def test_kinds_can_be_left_out(corpus, tmp_path):
+    extract(config(corpus, tmp_path / "out", regions="none", codes="none", jpeg=False))
+    sample = ShardReader(tmp_path / "out").sample(0, jpeg=True)
+    assert sample.pictures[0].regions is sample.pictures[0].codes is sample.pictures[0].jpeg is None
+    assert sample.speech is not None and list(read_manifest(tmp_path / "out").extractors) == ["audio"]
+
+
+def test_a_repeated_key_and_a_corpus_of_nothing_usable(corpus, tmp_path):
+    path = corpus / "train_localized_narratives.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    path.write_text("".join(json.dumps(line | {"image_id": name}) + "\n" for name in ("p.0", "p-0")))
+    with pytest.raises(UserError, match="not one row could be used"):
+        extract(config(corpus, tmp_path / "out"))
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert reasons == ["missing file", "another row has this key"]
+
+
+def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
+    def second(*_):
+        with pytest.raises(UserError, match="another job is writing here"):
+            extract(config(corpus, tmp_path / "out"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_runner, "run", second)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config(corpus, tmp_path / "out"))
+
+
+def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
+    extract(config(corpus, tmp_path / "out", dry_run=True))
+    assert not (tmp_path / "out").exists() and "would extract 8 rows into 3 shards" in capsys.readouterr().out
