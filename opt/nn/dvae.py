@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,13 +45,13 @@ class DiscreteVAE(nn.Module):
         super().__init__()
         self.config = config
         high, middle, low = config.widths
+        to_codes = nn.Conv2d(low, config.codebook, 1)
+        # Codes must differ by more than the Gumbel noise from the first step on, or the decoder learns to ignore them.
+        nn.init.normal_(to_codes.weight, std=3 / math.sqrt(low))
         self.encoder = nn.Sequential(
             nn.Conv2d(3, high, 4, 2, 1), Block(high), nn.Conv2d(high, middle, 4, 2, 1), Block(middle),
-            nn.Conv2d(middle, low, 4, 2, 1), Block(low), nn.GroupNorm(8, low), nn.SiLU(),
-            nn.Conv2d(low, config.codebook, 1),
+            nn.Conv2d(middle, low, 4, 2, 1), Block(low), nn.GroupNorm(8, low), nn.SiLU(), to_codes,
         )
-        # Codes must differ by more than the Gumbel noise from the first step on, or the decoder learns to ignore them.
-        nn.init.normal_(self.encoder[-1].weight, std=3 / math.sqrt(low))
         self.decoder = nn.Sequential(
             nn.Conv2d(config.codebook, low, 1, bias=False), Block(low), _Up(low, middle), Block(middle),
             _Up(middle, high), Block(high), nn.GroupNorm(8, high), nn.SiLU(), _Up(high, 3),
