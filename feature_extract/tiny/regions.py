@@ -1,6 +1,6 @@
 """The embedded detector: torchvision's Faster R-CNN on a small backbone, 64 classes such as "red circle".
 
-    128 x 128 picture -> seven convolutions, stride 8 -> region proposals -> RoIAlign 5 x 5 -> two FC -> class, box
+    128 x 128 picture -> convolutions, colour histogram, stride 8 -> proposals -> RoIAlign 5 x 5 -> two FC -> class, box
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train one of the embedded networks on spoken scenes, drawn first when absent.
 
-    python -m feature_extract.tiny.train regions --minutes 12
-    python -m feature_extract.tiny.train audio --minutes 14
-    python -m feature_extract.tiny.train codes --minutes 14
+    python -m feature_extract.tiny.train regions --minutes 8
+    python -m feature_extract.tiny.train audio --minutes 13
+    python -m feature_extract.tiny.train codes --minutes 13
 
 Prints what the network reaches on held-out scenes. The schedule follows the clock, so a faster machine trains longer.
 """
@@ -30,7 +30,7 @@ class TrainConfig:
     """File to write; without it the embedded weights are replaced."""
     scenes: Path = Path("runs/tiny/scenes")
     """Folder of the scenes to train on."""
-    minutes: float = 14.0
+    minutes: float = 13.0
     seed: int = 0
     threads: int = 1
     workers: int = 2
