@@ -23,7 +23,7 @@ class DemoConfig:
     """How large the demo is. The defaults take about a quarter of an hour on two cores."""
 
     out: Path = Path("runs/demo")
-    train: int = 4000
+    train: int = 3000
     """Scenes to learn from."""
     test: int = 200
     """Held-out scenes to evaluate on."""
@@ -65,7 +65,8 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str]]]:
     return [
         ("scenes", ["scenes", "--out", raw, "--train", str(config.train), "--val", "0", "--test", str(config.test),
                     "--seed", str(config.seed), "--workers", workers]),
-        *[("extract", ["extract", "localized_narratives", raw, "--split", split, "--out", folder, "--workers", workers])
+        *[("extract", ["extract", "localized_narratives", raw, "--split", split, "--out", folder, "--workers", workers,
+                      "--frames-per-second", "8"])
           for split, folder in (("train", train), ("test", test))],
         ("pretrain", ["pretrain", "opt.tiny", "--shards", train, "--out", str(out), "--loop.steps", str(config.steps),
                       "--loop.batch-tokens", str(config.batch_tokens), "--loop.seed", str(config.seed)]),

@@ -28,6 +28,14 @@ class Item:
     narrations: tuple[NarrationItem, ...]
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row of the source that cannot be read. It keeps its place, so that what follows stays in the same shard."""
+
+    key: str
+    reason: str
+
+
 def clean_key(name: str) -> str:
     """A record key made from a corpus's own id: dots and slashes become hyphens."""
     return name.strip().replace(".", "-").replace("/", "-").replace("\\", "-")
