@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class NarrationItem:
-    """One narration as the corpus lists it. `caption` as written, possibly empty; `recording` a path that may not exist."""
+    """One narration as the corpus lists it: `caption` as written, possibly empty; `recording` may not exist."""
 
     narration_id: str
     caption: str | None

@@ -57,7 +57,7 @@ def test_bad_sampling_is_refused() -> None:
 def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
     probability = torch.tensor([0.4, 0.3, 0.2, 0.1])
     uniform = (torch.arange(1000) / 1000)[:, None]
-    drawn = sample(lambda ids, place: probability.log().expand(1000, 4), torch.zeros(1000, dtype=torch.long), 1, top_k=3,
-                   uniform_BL=uniform)
+    start = torch.zeros(1000, dtype=torch.long)
+    drawn = sample(lambda ids, place: probability.log().expand(1000, 4), start, 1, top_k=3, uniform_BL=uniform)
     shares = torch.bincount(drawn.flatten(), minlength=4) / 1000
     torch.testing.assert_close(shares, torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]), atol=2e-3, rtol=0)
