@@ -161,7 +161,8 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, value: Any) -> tuple[int, int, torch.dtype, tuple[int, ...]] | None:
         if not isinstance(value, Tensor):
             return None
-        content = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        # One element may carry any stride and still count as contiguous; a view as bytes wants stride 1.
+        content = value.detach().contiguous().as_strided((value.numel(),), (1,)).view(torch.uint8)
         padding = torch.zeros(-len(content) % ALIGNMENT, dtype=torch.uint8)
         place = (self.length, len(content), value.dtype, tuple(value.shape))
         self.pieces += [content, padding]

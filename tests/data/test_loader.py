@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opt.config import UserError
-from opt.data.loader import Loader
+from opt.data.loader import Loader, _pack, _Unpacker
 from opt.data.manifest import write_manifest
 from opt.data.plan import BatchPlan, Plan, Tasks
 from opt.data.record import Narration, Record, Sample
@@ -137,3 +137,13 @@ def test_waiting_is_counted(reader: ShardReader) -> None:
     loader = Loader(reader, plan(reader), Slow(), workers=0)
     take(loader, 4)
     assert 0.2 <= loader.waited < 2
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.arange(6).reshape(2, 3), torch.arange(6).reshape(2, 3).T, torch.zeros(0, 4), torch.tensor(2.5),
+    torch.tensor([7]).as_strided((1,), (0,)), torch.tensor([True, False]), torch.arange(10)[3:7],
+])
+def test_any_tensor_travels(tensor: torch.Tensor) -> None:
+    """One element may carry stride 0 and still count as contiguous."""
+    again = _Unpacker(*_pack({"tensor": tensor})).load()["tensor"]
+    assert again.dtype == tensor.dtype and torch.equal(again, tensor)
