@@ -1,4 +1,4 @@
-"""Optimizer and schedule: AdamW without decay on vectors, linear warm-up, cosine or linear decay (opt-spec gap A15)."""
+"""AdamW without decay on vectors; linear warm-up, then cosine or linear decay (docs/opt.md, gap A15)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Corruption: which words, regions, frames or whole modalities a row hides, and which parts it swaps.
 
 Every function takes the row's own random generator, so a row is corrupted alike whatever the worker or world size.
-Masks are bool with True = hidden. Rates and rules: opt-spec sections 2.1 to 2.3, gaps A1 to A4.
+Masks are bool with True = hidden. Rates and rules: docs/opt.md, gaps A1 to A4.
 """
 
 from __future__ import annotations

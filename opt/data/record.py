@@ -27,7 +27,7 @@ class Picture:
 
     regions (R, D) float16: detector features after the box head, best score first.
     boxes (R, 4) float32: x1 y1 x2 y2 over picture width and height, in [0, 1].
-    classes (R,) int16: the detector's class of each region (hard pseudo-label of MRC, opt-spec Eq. 5).
+    classes (R,) int16: the detector's class of each region (hard pseudo-label of MRC, OPT Eq. 5).
     scores (R,) float32: the detector's confidence, in [0, 1].
     codes (8, 8) int16: image codes of the 64 x 64 picture, row by row.
     jpeg: the resized picture as an encoded file, for patch systems and for looking.

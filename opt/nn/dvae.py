@@ -1,4 +1,4 @@
-"""Discrete VAE: 64 x 64 pixels <-> 8 x 8 codes (opt-spec section 1.1; DALL-E, arXiv 2102.12092, section 2.1).
+"""Discrete VAE: 64 x 64 pixels <-> 8 x 8 codes (OPT Figure 2; DALL-E, arXiv 2102.12092, section 2.1).
 
     encoder   Conv, (2x down, Block) three times, Conv -> logits over the codebook at each of 8 x 8 places
     decoder   Conv, (Block, 2x up) three times, Conv -> pixels: the shape of the paper's Figure 2

@@ -1,4 +1,4 @@
-"""Embedders: text, regions and audio frames into the width that the encoder shares (opt-spec section 4.1).
+"""Embedders: text, regions and audio frames into the width that the encoder shares.
 
 Each is token + position + modality type, then LayerNorm; a masked region or frame has its feature replaced by a learned
 vector while its place (box, position) stays visible.

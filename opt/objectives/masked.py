@@ -1,4 +1,4 @@
-"""Masked modelling: hidden words, regions and frames are predicted from what is left (opt-spec Eq. 2-8).
+"""Masked modelling: hidden words, regions and frames are predicted from what is left (OPT Eq. 2-8).
 
 Targets are the original, unmasked inputs under stop-gradient. Every function returns a Term (sum and count).
 Shape legend: M targets, V vocabulary or classes, F feature width, T all frames of the batch.

@@ -1,4 +1,4 @@
-"""Matching: do text, picture and speech belong together, and if not, who does (opt-spec section 2.3, Eq. 11)."""
+"""Matching: do text, picture and speech belong together, and if not, who does (OPT Eq. 11)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_frame_contrast_by_hand_counts_only_frames_of_the_same_recording() -> No
 
 
 def test_frame_contrast_is_smallest_at_the_perfect_prediction() -> None:
-    """The official code trains the opposite (opt-spec 8.1, defect 1)."""
+    """The official code trains the opposite (docs/opt.md, defects)."""
     torch.manual_seed(0)
     frames = torch.randn(8, 6)
     own, same = torch.tensor([3]), torch.zeros(1, dtype=torch.long)

@@ -5,7 +5,7 @@
     writings            "text" (DTR) and "codes" (DIR): decoder targets beside the sequence they look at
     extra               region classes, recordings of frames, and the pairs of the alignment
 
-Corruption follows opt-spec section 2: token level, modality level, sample level.
+Corruption at the three levels of the paper (docs/opt.md): token, modality, sample.
 """
 
 from __future__ import annotations
