@@ -43,7 +43,8 @@ def demo(config: DemoConfig) -> None:
     Example: opt demo --out runs/demo
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
+    spent = config.out / "seconds.json"  # a demo that goes on adds to what it has spent
+    seconds: dict[str, float] = json.loads(spent.read_text()) if spent.exists() else {}
     for name, argv in stages(config):
         print(f"\n$ opt {shlex.join(argv)}", flush=True)
         if config.dry_run:
@@ -53,7 +54,7 @@ def demo(config: DemoConfig) -> None:
             raise UserError(f"stage {name!r} ended with status {status}; mend what it says, run the demo again")
         seconds[name] = seconds.get(name, 0.0) + round(time.perf_counter() - began, 1)
         seconds["total"] = round(sum(value for key, value in seconds.items() if key != "total"), 1)
-        write_atomic(config.out / "seconds.json", json.dumps(seconds).encode())
+        write_atomic(spent, json.dumps(seconds).encode())
 
 
 def stages(config: DemoConfig) -> list[tuple[str, list[str]]]:

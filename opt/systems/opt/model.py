@@ -170,12 +170,17 @@ class OPT(System):
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
-        """Mean of the encoder's states over each sequence."""
-        batch, hidden_ND, first_SD = self._encode_samples(samples, modalities)
-        lengths_S = _lengths(batch, len(hidden_ND))
-        sequence_N = torch.repeat_interleave(torch.arange(len(lengths_S), device=self.device), lengths_S)
-        summed_SD = torch.zeros_like(first_SD, dtype=torch.float32).index_add(0, sequence_N, hidden_ND.float())
-        return summed_SD / lengths_S[:, None]
+        """[CLS] of all modalities together, [CLS] of each alone, and the highest state over the regions, side by side.
+
+        Words and frames are sequences that [CLS] sums up; regions are a set of things, each of which may be an object.
+        """
+        batch, hidden_ND, together_SD = self._encode_samples(samples, modalities)
+        parts = [together_SD]
+        if len(modalities) > 1:
+            parts += [self._encode_samples(samples, [name])[2] for name in modalities]
+        if "image" in modalities:
+            parts.append(_highest_region(batch, hidden_ND))
+        return torch.cat(parts, dim=1).float()
 
     @torch.inference_mode()
     def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:
@@ -220,6 +225,16 @@ def _padded(hidden_ND: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     padded_SLD = nn.utils.rnn.pad_sequence(list(hidden_ND.split(lengths_S.tolist())), batch_first=True)
     places_L = torch.arange(padded_SLD.shape[1], device=hidden_ND.device)
     return padded_SLD, places_L[None, :] < lengths_S[:, None]
+
+
+def _highest_region(batch: Batch, hidden_ND: Tensor) -> Tensor:
+    """The maximum of each feature over a sequence's regions, 0 where it has none: (S, D)."""
+    view, words, regions = batch.views["encoder"], len(batch.text.ids), len(batch.regions.masked)
+    region_N = (view.gather >= words) & (view.gather < words + regions)
+    lengths_S = _lengths(batch, len(hidden_ND))
+    hidden_SLD, valid_SL = _padded(hidden_ND.masked_fill(~region_N[:, None], float("-inf")), lengths_S)
+    highest_SD = hidden_SLD.masked_fill(~valid_SL[:, :, None], float("-inf")).amax(dim=1)
+    return highest_SD.masked_fill(highest_SD == float("-inf"), 0.0)
 
 
 def _initialise(module: nn.Module) -> None:
