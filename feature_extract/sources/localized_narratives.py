@@ -10,6 +10,7 @@ Lines of one image_id, wherever they stand, are narrations of one item (Pont-Tus
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -54,11 +55,13 @@ def read(folder: Path, split: str) -> Iterator[Item | BadRow]:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    files = sorted(folder.glob(f"{split}{PATTERN}"))
+    if "/" in split or "\\" in split:
+        raise UserError(f"--split {split}: must be the first part of a file's name, such as train")
+    files = sorted(folder.glob(f"{glob.escape(split)}{PATTERN}"))
     if not files:
         there = sorted({path.name.split("_localized_narratives")[0] for path in folder.glob(f"*{PATTERN}")})
         hint = f"it has the splits {', '.join(there)}" if there else "it holds no file of that layout"
-        raise UserError(f"{folder}: no {split}{PATTERN}; {hint}")
+        raise UserError(f"{folder}: no {split}{PATTERN}, so there is no split {split!r}; {hint}")
     return files
 
 
@@ -72,10 +75,13 @@ def _parse(content: bytes) -> tuple[str, _Line]:
         raise ValueError(f"caption {caption!r} is not a text")
     if recording is not None and not isinstance(recording, str):
         raise ValueError(f"voice_recording {recording!r} is not a name")
+    annotator_id = str(entry.get("annotator_id", ""))
+    for text in (image_id, caption, recording or "", annotator_id):
+        text.encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair: no file can hold it
     for name in filter(None, (image_id, recording)):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise ValueError(f"{name!r} leads out of the folder")
-    return image_id, _Line(str(entry.get("annotator_id", "")), caption, recording or None)
+    return image_id, _Line(annotator_id, caption, recording or None)
 
 
 def _item(folder: Path, image_id: str, lines: list[_Line]) -> Item:

@@ -33,6 +33,8 @@ def test_lines_of_one_picture_become_one_item_in_order_of_first_appearance(tmp_p
         b'{"image_id": "a"}\n', b'{"image_id": 3, "caption": "x"}\n', b'{"image_id": " ", "caption": "x"}\n',
         line("../../secret").encode(), line("/etc/passwd").encode(), line(recording="../voice.ogg").encode(),
         line(caption=None).encode(), line(recording=5).encode(), b"[" * 100_000 + b"\n",
+        line("half\ud800").encode(), line(caption="half \ud800").encode(), line(recording="\udfff.ogg").encode(),
+        line(annotator_id="\ud83d").encode(),
     ],
 )
 def test_a_malformed_line_keeps_its_place(tmp_path, bad):
@@ -54,3 +56,12 @@ def test_an_unknown_split_names_those_there_are(tmp_path):
     (tmp_path / "val_localized_narratives.jsonl").write_text(line())
     with pytest.raises(UserError, match="it has the splits val"):
         list(read(tmp_path, "train"))
+
+
+@pytest.mark.parametrize("split", ["*", "t?ain", "[t]rain", "**", "/", "../corpus/train"])
+def test_a_split_is_a_name_and_not_a_pattern(tmp_path, split):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "train_localized_narratives.jsonl").write_text(line())
+    with pytest.raises(UserError, match="split"):
+        list(read(corpus, split))
