@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import typing
+from types import NoneType
 from typing import Any, NamedTuple
 
 from feature_extract import backends
@@ -21,6 +23,8 @@ from opt.data.manifest import Manifest
 
 TINY_BACKENDS = {"regions": "torchvision_detector", "audio": "transformers_speech", "codes": "dvae"}
 """The backend of the embedded network of each kind."""
+KINDS = {RegionSettings: "regions", AudioSettings: "audio", NoneType: "codes"}
+"""What a backend makes, by the settings that its `load` takes."""
 
 
 class Extractors(NamedTuple):
@@ -95,11 +99,15 @@ def _parse(kind: str, word: str) -> dict[str, Any]:
 
 
 def _backend(kind: str, name: str) -> Any:
-    """The backend's module. Raises UserError when there is none of that name, or a package that it needs is missing."""
+    """The backend's module. Raises UserError when there is none of that name and kind, or a package is missing."""
     known = [module.name for module in pkgutil.iter_modules(backends.__path__)]
     if name not in known:
         raise UserError(f"--{kind} {name}: there is no such backend; there are {', '.join(known)}")
     try:
-        return importlib.import_module(f"{backends.__name__}.{name}")
+        module = importlib.import_module(f"{backends.__name__}.{name}")
     except ImportError as error:
         raise UserError(f"--{kind} {name}: {error}; `opt doctor` says how to mend it") from error
+    makes = KINDS[typing.get_type_hints(module.load).get("settings", NoneType)]
+    if makes != kind:
+        raise UserError(f"--{kind} {name}: this backend makes {makes}; there are {', '.join(known)}")
+    return module

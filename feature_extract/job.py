@@ -36,6 +36,8 @@ from opt.progress import progress
 
 SETTINGS = "settings.json"
 FAILURES = "failures.jsonl"
+LONGEST = 65_535
+"""What the index of a shard can count of regions or frames."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,11 @@ def plan_work(rows: Sequence[Row], shard_size: int) -> list[WorkItem]:
 def _check(config: ExtractConfig) -> None:
     """Raises UserError for a number out of range."""
     for name in ("max_regions", "max_frames", "shard_size", "frames_per_second", "max_seconds", "workers"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")
+    for name in ("max_regions", "max_frames"):
+        if getattr(config, name) > LONGEST:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a shard holds at most {LONGEST}")
     if not 0 <= config.score_threshold < 1:
         raise UserError(f"--score-threshold {config.score_threshold}: must be at least 0 and below 1")
 
@@ -188,7 +193,7 @@ def _claim(config: ExtractConfig, rows_sha256: str, device: str, extractors: dic
         settings |= about.get("settings", {})
     path = config.out / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _settings(path)
         for name, value in settings.items():
             if name in before and before[name] != value:
                 raise UserError(
@@ -199,6 +204,14 @@ def _claim(config: ExtractConfig, rows_sha256: str, device: str, extractors: dic
         raise UserError(f"{config.out} holds shards without {SETTINGS}, made in another way: choose another --out")
     else:
         write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What `_claim` wrote. Raises UserError when it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): choose another --out, or delete this folder") from error
 
 
 def _words(name: str, value: Any) -> str:

@@ -9,6 +9,7 @@ Shape legend: P proposals, C classes without background, R kept detections, D fe
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message advises to run what the file holds
+        raise UserError(f"{path} could not be read as a checkpoint: it holds something other than tensors") from error
     except Exception as error:  # each format fails in its own ways
         raise UserError(f"{path} could not be read as a checkpoint: {str(error).splitlines()[0]}") from error
     return dict(state.get("model", state)) if isinstance(state, dict) else {}

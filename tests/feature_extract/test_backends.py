@@ -138,3 +138,22 @@ def test_extractors_are_rebuilt_from_their_description(checkpoint, picture):
 def test_an_unknown_backend_names_those_there_are():
     with pytest.raises(UserError, match="there are dvae, torchaudio_speech, torchvision_detector, transformers_speech"):
         open_extractors("detectron9:x", "none", "none", RegionSettings(), AudioSettings(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("regions", "dvae:tiny"), ("regions", "transformers_speech:tiny"), ("audio", "torchvision_detector:tiny"),
+     ("audio", "dvae:tiny"), ("codes", "transformers_speech:tiny")],
+)
+def test_a_backend_of_another_kind_is_refused(kind, word):
+    words = {"regions": "none", "audio": "none", "codes": "none"} | {kind: word}
+    with pytest.raises(UserError, match=f"--{kind} {word.split(':')[0]}: .* there are"):
+        open_extractors(**words, region_settings=RegionSettings(), audio_settings=AudioSettings(), device="cpu")
+
+
+def test_an_unreadable_checkpoint_gives_no_dangerous_advice(tmp_path):
+    path = tmp_path / "detector.pt"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="could not be read as a checkpoint") as error:
+        torchvision_detector.load(f"fasterrcnn_resnet50_fpn_v2:{path}", RegionSettings(), "cpu")
+    assert "weights_only" not in str(error.value)

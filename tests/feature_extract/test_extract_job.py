@@ -185,3 +185,30 @@ def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
     extract(config(corpus, tmp_path / "out", dry_run=True))
     assert not (tmp_path / "out").exists() and "would extract 8 rows into 3 shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"frames_per_second": float("nan")}, {"frames_per_second": float("inf")}, {"max_seconds": float("inf")},
+     {"max_frames": 70_000}, {"max_regions": 70_000}, {"shard_size": -1}, {"workers": 0}, {"score_threshold": 1.0}],
+)
+def test_numbers_out_of_range_are_refused_before_any_work(corpus, tmp_path, change):
+    with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} "):
+        extract(config(corpus, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", "\udcff"])
+def test_damaged_settings_are_a_clear_error(corpus, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="settings.json"):
+        extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none"))
+
+
+def test_captions_that_are_too_long_are_failures_of_their_record(corpus, tmp_path):
+    path = corpus / "train_localized_narratives.jsonl"
+    path.write_text(path.read_text().replace("Telling 5 of picture 5.", "word " * 70_000))
+    extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none"))
+    (failure,) = read_manifest(tmp_path / "out").failures
+    assert failure.key == "p5" and "words = 70000" in failure.reason
