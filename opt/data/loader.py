@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -75,6 +76,7 @@ class Loader:
             multiprocessing_context=START if workers else None,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
@@ -86,6 +88,12 @@ class Loader:
             self.waited += time.perf_counter() - began
             yield batch, position
             began = time.perf_counter()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and job schedulers signal every process; the parent then asks workers for what it still needs."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import signal
 import time
 from itertools import islice
 from pathlib import Path
@@ -147,3 +149,13 @@ def test_any_tensor_travels(tensor: torch.Tensor) -> None:
     """One element may carry stride 0 and still count as contiguous."""
     again = _Unpacker(*_pack({"tensor": tensor})).load()["tensor"]
     assert again.dtype == tensor.dtype and torch.equal(again, tensor)
+
+
+def test_workers_leave_signals_to_their_parent(reader: ShardReader) -> None:
+    """A scheduler's SIGTERM or Ctrl-C reaches every process; the trainer still finishes its step and saves."""
+    loader = iter(Loader(reader, plan(reader), Preparer(), workers=1))
+    first = next(loader)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert [next(loader)[1] for _ in range(6)][0] > first[1]
