@@ -14,7 +14,7 @@ from eval.result import percent
 from eval.sections import TITLES, Run, captions, drawings, gallery, probe, retrieval, table, transcription
 
 HEADLINES = {
-    "retrieval.text_to_image.r1_reranked": "text → image, right picture first",
+    "retrieval.text_to_image.r1": "text → image, right picture first",
     "retrieval.audio_to_text.r1": "audio → text, right caption first",
     "transcribe.wer": "word error rate of transcripts",
     "caption.object_hit": "captions that name a right object",

@@ -86,7 +86,7 @@ def retrieval(run: Run) -> Markup | None:
                  element("td", percent_range(first.interval))]  # fmt: skip
         cells += [element("td", percent(metric.value)) for metric in deeper]
         cells.append(element("td", percent(first.chance), title=first.chance_method))
-        cells.append(element("td", f"{first.n} / {first.candidates.split()[0]}", title=first.candidates))
+        cells.append(element("td", f"{first.n} in {first.candidates.split()[0]}", title=first.candidates))
         rows.append(element("tr", element("td", label), cells, class_="second" if reranked else None))
     searches = [
         element(
@@ -108,7 +108,7 @@ def retrieval(run: Run) -> Markup | None:
         element("h2", TITLES["retrieval"]),
         element("p", "A caption, a recording or a picture is the query. R@k is the share of queries with a right "
                 "candidate among the first k; equal scores share their rank.", class_="hint"),
-        table(["", "R@1", "", "95 % interval", "R@5", "R@10", "chance R@1", "queries / candidates"], rows),
+        table(["", "R@1", "", "95 % interval", "R@5", "R@10", "chance", "queries"], rows),
         element("p", f"{coinciding}, so that nobody could tell them apart.", class_="hint") if coinciding else None,
         shown if searches else None,
     ])  # fmt: skip

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import tyro
-from opt.data.tokenizer import Tokenizer
 
 from opt import config as configuration
 from opt.config import UserError
 from opt.data.manifest import Manifest
 from opt.data.shards import ShardReader
+from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
 from opt.systems.system import DataFacts, System, build, load
 from pretrain.optim import OptimConfig

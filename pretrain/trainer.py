@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opt.data.loader import Loader
 from torch import Tensor
 
 from opt.checkpoint import load_state, newest_state, save_pretrained, save_state
 from opt.config import UserError
 from opt.data.batch import Batch
+from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.objectives.term import Term, loss
