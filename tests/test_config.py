@@ -47,3 +47,21 @@ def test_unknown_key_names_the_key_its_place_and_the_known_ones():
 def test_missing_file_is_the_users_error(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         load(Outer, tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"folder": 3}, {"inner": 3}, {"inner": None}, {"inner": {"width": "8"}}, {"inner": {"width": True}},
+     {"inner": {"rates": [1, "x"]}}, {"inner": {"rates": 1.0}}, {"weights": []}, {"size": [8]}],
+)
+def test_values_of_another_type_name_their_place(change: dict):
+    with pytest.raises(UserError, match=f"^here.{next(iter(change))}"):
+        from_dict(Outer, {"folder": "x", **change}, "here")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"{}"])
+def test_a_damaged_file_is_the_users_error(tmp_path: Path, content: bytes):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="config.json"):
+        load(Outer, path)

@@ -94,8 +94,10 @@ def read_receipt(folder: Path, name: str) -> Receipt | None:
     """The receipt of a complete shard, or None when the shard must be written (again): files missing or damaged."""
     path = folder / f"{name}.json"
     try:
-        receipt = from_dict(Receipt, json.loads(path.read_text()), str(path))
-    except (FileNotFoundError, ValueError, TypeError, UserError):  # ValueError covers bad JSON and bad UTF-8
+        receipt = from_dict(Receipt, json.loads(path.read_bytes()), str(path))
+    except (FileNotFoundError, ValueError, UserError):  # ValueError covers bad JSON and bad UTF-8
+        return None
+    if receipt.name != name or set(receipt.totals) != set(LENGTHS):
         return None
     sizes = {"tar": receipt.bytes, "npy": receipt.index_bytes}
     files = {kind: folder / f"{name}.{kind}" for kind in sizes}
@@ -137,7 +139,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected shards written by `opt extract`")
     if not path.exists():
-        done = len(list(folder.glob("*.json")))
+        done = len(list(folder.glob("[0-9]*.json")))
+        if not done:
+            raise UserError(f"{folder} holds no shards; expected a folder that `opt extract` has finished")
         raise UserError(
             f"{folder} holds {done} complete shards but no {MANIFEST}, so the extraction has not ended; "
             "run the same `opt extract` command again to finish it"

@@ -16,6 +16,9 @@ import numpy as np
 CODE_GRID = (8, 8)
 """Rows and columns of the stored image codes (64 x 64 pixels, 8 x down; OPT section 4.6)."""
 
+LONGEST_KEY = 200
+"""Bytes: file names made from a key, with what is added to them, stay below the usual limit of 255."""
+
 
 class RecordError(ValueError):
     """A record breaks the contract; the message names the field, the rule and the value."""
@@ -102,6 +105,9 @@ def check(record: Record) -> Record:
     """The record itself when it keeps the contract, else RecordError. Called by the writer and by deep verification."""
     if not record.key or set(record.key) & set("./\\") or record.key != record.key.strip():
         raise RecordError(f"key {record.key!r}: must be non-empty and hold no dot, slash or outer space")
+    _check_text(f"key {record.key!r}", record.key)
+    if len(record.key.encode()) > LONGEST_KEY:
+        raise RecordError(f"key {record.key[:40]!r}...: longer than {LONGEST_KEY} bytes, so no file can be named by it")
     if not record.pictures and not record.narrations:
         raise RecordError(f"record {record.key!r}: holds neither a picture nor a narration")
     for number, picture in enumerate(record.pictures):
@@ -137,12 +143,21 @@ def _check_narration(where: str, narration: Narration) -> None:
         raise RecordError(f"{where}: holds neither caption nor speech")
     if narration.caption is not None and not narration.caption.strip():
         raise RecordError(f"{where}: an empty caption must be absent (None)")
+    for text in (narration.narration_id, narration.caption or ""):
+        _check_text(where, text)
     if narration.speech is not None:
         _check_array(f"{where}, speech", narration.speech, np.float16, (None, None))
         if len(narration.speech) == 0:
             raise RecordError(f"{where}, speech: no frames must be absent (None)")
         if narration.frame_rate <= 0:
             raise RecordError(f"{where}: speech needs a frame rate, got {narration.frame_rate}")
+
+
+def _check_text(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{where}: holds half a surrogate pair, which UTF-8 cannot write") from error
 
 
 def _check_array(where: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:

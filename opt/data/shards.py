@@ -30,7 +30,7 @@ from opt.config import UserError
 from opt.data.encoding import block_padding, decode, encode, encode_pictures, member_header, member_key, read_header
 from opt.data.manifest import LENGTHS, Failure, Receipt, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
-from opt.files import open_atomic, write_atomic
+from opt.files import open_atomic, sha256, write_atomic
 
 OPEN_SHARDS = 256
 """Shards a reader holds open at once (two files each), below the usual limit of 1024 open files."""
@@ -162,6 +162,8 @@ class ShardReader:
         self.manifest = read_manifest(self.folder)
         self._starts = np.cumsum([0] + [shard.samples for shard in self.manifest.shards])
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._checked: set[int] = set()
+        """Shards whose index has been compared with its hash: once a reader, 50 bytes a sample."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -219,8 +221,12 @@ class ShardReader:
                 if row["narration"] <= 0:  # the first sample of its record
                     try:
                         header = read_header(tar, int(row["offset"]))
-                    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+                        sound = key_hash(header["key"]) == row["key"]
+                        sound &= all("caption" in told for told in header["narrations"])
+                    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
                         raise self._damaged(shard, tar, row) from error
+                    if not sound:
+                        raise self._damaged(shard, tar, row)
                 yield row, header
 
     def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
@@ -248,14 +254,19 @@ class ShardReader:
     def _files(self, shard: int) -> tuple[int, np.ndarray]:
         """Descriptor of the tar and memory map of the index; the shard used longest ago is closed for a new one."""
         if shard not in self._open:
-            path = self.folder / self.manifest.shards[shard].name
+            receipt = self.manifest.shards[shard]
+            path = self.folder / receipt.name
             try:
+                if shard not in self._checked and sha256(path.with_suffix(".npy")) != receipt.index_sha256:
+                    raise UserError(
+                        f"{path.with_suffix('.npy')} is damaged (its SHA-256 differs); delete {receipt.name}.json and "
+                        "extract again to mend it"
+                    )
                 index = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
                 tar = os.open(path.with_suffix(".tar"), os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise UserError(f"{error.filename}: {error.strerror}; the manifest lists this shard") from error
-            except ValueError as error:
-                raise UserError(f"{path.with_suffix('.npy')} is damaged ({error}); extract this shard again") from error
+            self._checked.add(shard)
             self._open[shard] = (tar, index)
             if len(self._open) > OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1][0])
