@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,8 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Non
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     for stale in (temporary, final):
         shutil.rmtree(stale, ignore_errors=True)
-    dcp.save(state, checkpoint_id=temporary, no_dist=True)
+    with _one_process():
+        dcp.save(state, checkpoint_id=temporary, no_dist=True)
     temporary.rename(final)
     sync_folder(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -98,4 +102,13 @@ def newest_state(folder: Path) -> Path | None:
 
 def load_state(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` (same structure as was saved) from a checkpoint, in place."""
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    with _one_process():
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without the warning that PyTorch gives whoever saves from a single process, as asked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

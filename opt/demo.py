@@ -27,7 +27,7 @@ class DemoConfig:
     """Scenes to learn from."""
     test: int = 200
     """Held-out scenes to evaluate on."""
-    steps: int = 1200
+    steps: int = 1400
     """Steps of pretraining."""
     batch_tokens: int = 8192
     workers: int = 2

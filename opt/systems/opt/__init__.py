@@ -21,5 +21,5 @@ def tiny() -> OPTConfig:
     """A small model for two CPU cores and spoken scenes, with alignment on."""
     return OPTConfig(
         width=192, layers=4, heads=4, inner=768, decoder_layers=2, dropout=0.0, drop_rate=1.0, alignment_weight=1.0,
-        shares=Shares(mlm=0.15, mvm=0.1, mam=0.1, dtr=0.35, dir=0.15, match=0.15),
+        shares=Shares(mlm=0.15, mvm=0.1, mam=0.1, dtr=0.25, dir=0.25, match=0.15),
     )
