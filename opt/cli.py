@@ -7,6 +7,7 @@ that `opt --help` answers at once. The dataclass becomes the options, the functi
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -47,7 +48,10 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    """Run one verb and return the exit status: 0 done, 2 a mistake of the user's, 130 interrupted.
+
+    What the file system refuses (a full disk, a folder that cannot be written) is answered as a mistake is.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
         print(f"opt {opt.__version__}")
@@ -57,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         return _overview(argv)
     prog = f"opt {name}"
     try:
+        if "" in argv or any(word.startswith("--") and word.endswith("=") for word in argv):
+            raise UserError("one of the words given is empty; a shell variable that is not set, most likely")
         function = _function(VERBS[name])
         try:
             config = _parse(function, prog, argv[len(name.split()) :])
@@ -75,6 +81,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets the interpreter's last flush succeed
         return 1
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        hint = "; make room and run the same command again" if error.errno == errno.ENOSPC else ""
+        print(f"{prog}: error: {place}{error.strerror}{hint}", file=sys.stderr)
+        return 2
     return 0
 
 

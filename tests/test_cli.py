@@ -80,6 +80,13 @@ def interrupted(config: ToyConfig) -> None:
     raise KeyboardInterrupt
 
 
+def write(config: ToyConfig) -> None:
+    """Write where it may not be possible."""
+    if config.dry_run:
+        raise OSError(28, "No space left on device")
+    (config.shards / "file").write_text("x")
+
+
 def needy(config: ToyConfig) -> None:
     """Never called."""
 
@@ -88,7 +95,7 @@ def needy(config: ToyConfig) -> None:
 def toy_verbs(monkeypatch):
     """The functions of this file as verbs, under a name that the command line can import."""
     monkeypatch.setitem(sys.modules, "toy_verbs", sys.modules[__name__])
-    for name in ("toy", "train", "mistake", "interrupted"):
+    for name in ("toy", "train", "mistake", "interrupted", "write"):
         monkeypatch.setitem(cli.VERBS, name, cli.Verb(f"toy_verbs:{name}", f"the verb {name}"))
     monkeypatch.setitem(cli.VERBS, "group toy", cli.Verb("toy_verbs:toy", "the toy in a group"))
     calls.clear()
@@ -156,6 +163,21 @@ def test_a_users_mistake_is_one_line(capsys):
 def test_wrong_options_return_2(capsys):
     assert cli.main(["toy", "--shrads", "x"]) == 2
     assert "--shards" in capsys.readouterr().err
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder, said in ((tmp_path / "file", "Not a directory"), (tmp_path / "none", "No such file or directory")):
+        assert cli.main(["write", "--shards", str(folder)]) == 2
+        assert capsys.readouterr().err == f"opt write: error: {folder}/file: {said}\n"
+    assert cli.main(["write", "--shards", "x", "--dry-run"]) == 2
+    assert "No space left on device; make room and run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--shards", ""], ["--shards="], ["", "--shards", "x"]])
+def test_an_empty_word_is_most_likely_an_unset_variable(argv, capsys):
+    assert cli.main(["toy", *argv]) == 2
+    assert "empty" in capsys.readouterr().err and not calls
 
 
 def test_interruption_says_how_to_go_on(capsys):
