@@ -28,6 +28,9 @@ from opt.data.tokenizer import Tokenizer
 from opt.files import sha256, sync_folder, write_atomic
 from opt.systems.system import DataFacts, System, build, load
 
+HASHES = "sha256.json"
+"""In a training state: the SHA-256 of each of its files."""
+
 CARD = """---
 library_name: opt
 tags: [{system}, image-text-audio]
@@ -67,28 +70,55 @@ def save_pretrained(system: System, folder: Path) -> None:
 def from_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> System:
     """The model that `save_pretrained` wrote, in evaluation mode. Raises UserError when something is missing."""
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no model (no config.json); give the `model` folder of a finished run")
-    content = json.loads((folder / "config.json").read_text())
-    if sha256(folder / "model.safetensors") != content["sha256"]:
-        raise UserError(f"{folder}/model.safetensors is not the file config.json was written for; copy the folder anew")
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    content = _description(folder)
+    if not weights.exists() or sha256(weights) != content["sha256"]:
+        raise UserError(f"{weights} is not the file config.json was written for; copy the folder anew")
     kind = type(load(f"{content['system']}.base"))
-    config = configuration.from_dict(kind, content["config"], f"{folder}/config.json")
-    facts = configuration.from_dict(DataFacts, content["facts"], f"{folder}/config.json")
-    system = build(content["system"], config, Tokenizer.load(folder), facts)
-    system.load_state_dict(load_file(folder / "model.safetensors"))
+    config = configuration.from_dict(kind, content["config"], f"{path}, config")
+    facts = configuration.from_dict(DataFacts, content["facts"], f"{path}, facts")
+    tokenizer = Tokenizer.load(folder)
+    try:
+        system = build(content["system"], config, tokenizer, facts)
+        system.load_state_dict(load_file(weights))
+    except (ValueError, RuntimeError) as error:  # sizes that do not go together, or not with the weights
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit {weights.name} ({reason}); copy the folder anew") from error
     return system.to(device).eval()
 
 
+def _description(folder: Path) -> dict[str, Any]:
+    """What config.json says of the model. Raises UserError that points to the model when this is a run's folder."""
+    path, inner = folder / "config.json", folder / "model"
+    content = configuration.read_json(path) if path.exists() else None
+    if isinstance(content, dict) and {"system", "sha256", "config", "facts"} <= set(content):
+        return content
+    if (inner / "config.json").exists():
+        raise UserError(f"{folder} is the folder of a run; give {inner}")
+    wrong = "no config.json" if content is None else "its config.json describes none"
+    raise UserError(f"{folder} holds no model ({wrong}); give the `model` folder of a finished run")
+
+
 def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Write a training state as `folder/step-N`, complete or absent, and drop all but the newest `keep`."""
+    """Write a training state as `folder/step-N`, complete or absent, and drop all but the newest `keep`.
+
+    Raises OSError, with nothing left behind, when the disk is full or the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    for stale in (temporary, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    with _one_process():
-        dcp.save(state, checkpoint_id=temporary, no_dist=True)
-    temporary.rename(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with _without_advice():
+            dcp.save(state, checkpoint_id=temporary, no_dist=True)
+        hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_atomic(temporary / HASHES, json.dumps(hashes, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (refused := _os_error(error)) is not None:
+            raise refused from error
+        raise
     sync_folder(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
@@ -101,14 +131,29 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def load_state(path: Path, state: dict[str, Any]) -> None:
-    """Fill `state` (same structure as was saved) from a checkpoint, in place."""
-    with _one_process():
+    """Fill `state` (same structure as was saved) from a checkpoint, in place. Raises UserError when it is damaged."""
+    if (path / HASHES).exists():  # a state saved before there were hashes has none
+        for name, expected in configuration.read_json(path / HASHES).items():
+            if not (path / name).exists() or sha256(path / name) != expected:
+                older = max((other for other in path.parent.glob("step-*") if other < path), default=None)
+                raise UserError(
+                    f"{path} is damaged ({name} is not as it was written); delete that folder and run the same command "
+                    f"again to go on from {older.name if older else 'the beginning'}"
+                )
+    with _without_advice():
         dcp.load(state, checkpoint_id=path, no_dist=True)
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
-    """Without the warning that PyTorch gives whoever saves from a single process, as asked."""
+def _without_advice() -> Iterator[None]:
+    """Without PyTorch's remark that a single process saves or loads, which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the file system said, where PyTorch's writer hides it behind an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
