@@ -66,6 +66,8 @@ class Loader:
     ) -> None:
         if plan.multiple % world:
             raise UserError(f"batches in groups of {plan.multiple} rows do not split among {world} processes")
+        if workers < 0:
+            raise UserError(f"{workers} workers: must be at least 0 (0 prepares batches in the training process)")
         self.plan, self.position, self.rank, self.world = plan, position, rank, world
         self.waited = 0.0
         self._loader = DataLoader(

@@ -75,8 +75,12 @@ class Plan:
     ) -> None:
         if len(costs) != len(key_hash) or (len(costs) and costs.min() < 1):
             raise ValueError("every sample needs a cost of at least one token, and a key hash")
-        if multiple < 1 or budget < 1 or seed < 0:
-            raise UserError(f"multiple {multiple} and budget {budget} must be at least 1, and seed {seed} at least 0")
+        if multiple < 1:
+            raise ValueError(f"rows in a group must be at least 1, got {multiple}")
+        if seed < 0:
+            raise UserError(f"seed {seed}: must be at least 0")
+        if budget < 1:
+            raise UserError(f"a batch of {budget} tokens: must hold at least 1")
         if len(costs) < multiple:
             raise UserError(
                 f"{len(costs)} samples do not fill one group of {multiple} rows, the grain of a batch; "

@@ -77,10 +77,15 @@ class Tokenizer:
         """
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a vocab.txt with one token a line")
-        lines = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")]
+        try:
+            lines = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not text ({error}); expected a vocab.txt with one token a line") from error
         repeated = [token for token, count in Counter(lines).items() if count > 1]
         if repeated:
             raise UserError(f"{path}: token {repeated[0]!r} stands there twice; each line must be another token")
+        if "[UNK]" not in lines or not {*lines} - {*SPECIALS, ""}:
+            raise UserError(f"{path} is no vocabulary of BERT's form: it needs a line [UNK], and lines of words")
         return cls(_bert([*lines, *(name for name in SPECIALS if name not in lines)]))
 
     @classmethod
@@ -89,7 +94,11 @@ class Tokenizer:
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a folder that an earlier run saved its tokenizer in")
-        return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
+        try:
+            pieces = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"{path} is damaged ({error}); copy the folder anew") from error
+        return cls(pieces)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into an existing folder."""

@@ -85,6 +85,8 @@ def test_ranks_read_their_rows(reader: ShardReader) -> None:
             assert half == (values[rank::2], samples[rank::2], position)
     with pytest.raises(UserError, match="do not split among 3"):
         Loader(reader, plan(reader), Preparer(), world=3)
+    with pytest.raises(UserError, match="-1 workers"):
+        Loader(reader, plan(reader), Preparer(), workers=-1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

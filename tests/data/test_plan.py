@@ -139,6 +139,14 @@ def test_too_few_samples_are_refused() -> None:
         make(7)
 
 
+@pytest.mark.parametrize(("change", "said"), [({"budget": 0}, "0 tokens"), ({"seed": -1}, "seed -1")])
+def test_numbers_out_of_range_name_themselves_alone(change: dict[str, int], said: str) -> None:
+    settings = {"seed": 0, "budget": 99} | change
+    with pytest.raises(UserError, match=said) as error:
+        Plan(**settings, costs=np.ones(99, int), tasks=Tasks(("a",), (1.0,)), key_hash=np.zeros(99, np.uint64))
+    assert "multiple" not in str(error.value)
+
+
 def test_tasks_are_checked() -> None:
     with pytest.raises(UserError):
         Tasks(("a",), (0.0,))

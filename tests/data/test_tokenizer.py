@@ -114,6 +114,22 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         Tokenizer.from_vocab(tmp_path / "none.txt")
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b'{"image_id": 1}\n', b"[PAD]\n[UNK]\n", b"[UNK]\n\xff\xfe\n", bytes(99)]
+)
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"vocab.txt"):
+        Tokenizer.from_vocab(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "\udcff"])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
 def test_bert_vocabulary_keeps_its_ids() -> None:
     tokenizer = Tokenizer.from_vocab(vocabulary_file())
     assert (tokenizer.pad, tokenizer.unk, tokenizer.cls, tokenizer.sep, tokenizer.mask) == (0, 100, 101, 102, 103)
