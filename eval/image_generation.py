@@ -61,10 +61,14 @@ def text_to_image(config: TextToImageConfig) -> None:
 
     Example: opt eval text-to-image runs/demo/model runs/demo/shards/test --top-k 32
     """
-    if config.top_k < 1 or config.temperature <= 0:
+    if config.pictures < 1:
+        raise UserError(f"--pictures {config.pictures} must be at least 1")
+    if config.top_k < 1 or not 0 < config.temperature < float("inf"):
         raise UserError(f"--top-k {config.top_k} must be at least 1 and --temperature {config.temperature} above 0")
     task = open_task("text_to_image", "text-to-image", config)
     manifest = task.split.reader.manifest
+    if not task.system.facts.codebook:
+        raise UserError("the model was trained without image codes, so it cannot draw")
     decoder, detector = open_extractors(manifest, config.confidence)
     task.finish(*measure(task, config, manifest.region_classes, decoder, detector))
 

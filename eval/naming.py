@@ -61,12 +61,19 @@ def read_labels(path: Path) -> dict[str, frozenset[str]]:
     if not path.is_file():
         raise UserError(f'{path} does not exist; expected a file of lines {{"image_id": ..., "labels": [...]}}')
     labels: dict[str, frozenset[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            labels[clean_key(entry["image_id"])] = frozenset(map(str, entry["labels"]))
+            names = entry["labels"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("labels must be a list of texts")
+            labels[clean_key(entry["image_id"])] = frozenset(names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{path}, line {number}: expected {{"image_id": text, "labels": [text, ...]}}') from error
+    if not labels:
+        raise UserError(f"{path} holds no labels")
     return labels
 
 

@@ -64,29 +64,33 @@ def summary(run: Run) -> dict[str, float]:
 
 
 def _results(folder: Path) -> dict[str, Result]:
-    """Results by task, in the page's order; other JSON files of the folder that hold no `task` are not results."""
+    """Results by task, in the page's order. Raises UserError for a JSON file that is none."""
     found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
     known = [task for task in TITLES if task in found]
     return {task: found[task] for task in [*known, *(task for task in found if task not in known)]}
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line cut short by a kill is dropped, and a loss that is not finite left out."""
+    """Lines of metrics.jsonl; one cut short by a kill or damaged is dropped, a loss that is not finite left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
-            continue
-        if math.isfinite(line["loss"]):
             losses = {name: value for name, value in line.get("losses", {}).items() if math.isfinite(value)}
-            lines.append({**line, "losses": losses})
+            if math.isfinite(line["loss"]) and math.isfinite(line["step"]):
+                lines.append({**line, "losses": losses})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
     return lines
 
 
 def _seconds(folder: Path, results: dict[str, Result]) -> dict[str, float]:
     """Times of the stages from seconds.json where there is one, of the evaluations from their results otherwise."""
-    stages = _json(folder / "seconds.json")
+    path = folder / "seconds.json"
+    stages = _json(path)
+    for name, value in stages.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{path}: {name!r} must be a number of seconds, it is {value!r}; delete the file")
     return {name: float(value) for name, value in stages.items()} or {task: r.seconds for task, r in results.items()}
 
 

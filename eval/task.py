@@ -173,6 +173,8 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
     began = time.monotonic()
     if config.batch < 1:
         raise UserError(f"--batch {config.batch} must be at least 1")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed} must be at least 0")
     system = from_pretrained(config.model)
     split = open_split(config.shards, config.limit, system)
     reader = split.reader
@@ -188,6 +190,7 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
         extractors=reader.manifest.extractors,
     )
     folder = config.out or config.model.parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
     return Task(name, system, split, folder, config.batch, provenance, began)
 
 
@@ -202,6 +205,12 @@ def open_split(folder: Path, limit: int | None, system: System) -> Split:
                     f"{folder}: its {kind} come from another extractor than those the model was trained on "
                     f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training"
                 )
+    for kind, width in (("regions", "region_width"), ("audio", "speech_width")):
+        here, trained = getattr(reader.manifest, width), getattr(system.facts, width)
+        if here and not trained:
+            raise UserError(f"{folder} holds {kind}, which the model never saw: extract again with --{kind} none")
+        if here and here != trained:
+            raise UserError(f"{folder}: its {kind} are {here} numbers, not {trained}; extract again as for training")
     return Split(reader, limit)
 
 

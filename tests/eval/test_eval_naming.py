@@ -49,8 +49,16 @@ def test_labels_are_read_by_key_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text(json.dumps({"image_id": "a.b", "labels": ["red circle"]}) + "\n")
     assert read_labels(path) == {"a-b": {"red circle"}}
-    path.write_text('{"image_id": "a"}\n')
-    with pytest.raises(UserError, match="line 1"):
+    path.write_bytes(b'\xef\xbb\xbf{"image_id": "a", "labels": []}\r\n\n{"image_id": "b", "labels": ["dog"]}\n\n')
+    assert read_labels(path) == {"a": frozenset(), "b": {"dog"}}
+    bad = [b'{"image_id": "a"}', b'{"image_id": 3, "labels": []}', b"\xff", b"[]"]
+    bad += [b'{"image_id": "a", "labels": %s}' % labels for labels in (b'"red circle"', b"[1]", b'{"dog": 1}', b"null")]
+    for line in bad:
+        path.write_bytes(b'{"image_id": "z", "labels": []}\n' + line + b"\n")
+        with pytest.raises(UserError, match="line 2"):
+            read_labels(path)
+    path.write_bytes(b"\n")
+    with pytest.raises(UserError, match="holds no labels"):
         read_labels(path)
     with pytest.raises(UserError, match="does not exist"):
         read_labels(tmp_path / "none.jsonl")

@@ -161,3 +161,26 @@ def test_charts_keep_to_their_frame():
     flat = curve("flat", [0, 1, 2], [1.0, 1.0, 1.0])
     assert "nan" not in flat and "inf" not in flat
     assert 'width="156"' in whisker(3.0, (2.0, 4.0), 1.2) and "nan" not in whisker(0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"3", b"[]", b"{}", b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "x"}', b"\xff\xfe", b'{"loss": 1.0}',
+     b'{"step": 2, "loss": 1.0, "losses": [1]}'],
+)
+def test_lines_of_training_that_are_none_are_left_out(tmp_path, line):
+    write_training(tmp_path)
+    report(ReportConfig(tmp_path))
+    page = (tmp_path / "report.html").read_bytes()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")
+    report(ReportConfig(tmp_path))
+    assert (tmp_path / "report.html").read_bytes() == page
+
+
+@pytest.mark.parametrize("content", ['{"a": "b"}', '{"a": null}', '{"a": NaN}'])
+def test_times_that_are_none_are_named(tmp_path, content):
+    run = make_run(tmp_path / "run", ["caption"])
+    (run / "seconds.json").write_text(content)
+    with pytest.raises(UserError, match="seconds.json"):
+        report(ReportConfig(run))

@@ -77,6 +77,12 @@ def test_captions_without_labels_still_have_a_figure(make_task, tmp_path):
         captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE, labels=foreign))
 
 
+def test_a_labels_file_without_labels_is_not_taken_for_none_given(make_task, tmp_path):
+    empty = write_labels(tmp_path / "labels.jsonl", 0, str)
+    with pytest.raises(UserError, match="holds no labels"):
+        captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE, labels=empty))
+
+
 def decode(codes):
     return [Image.new("RGB", (64, 64), (int(code[0, 0]), 0, 0)) for code in codes]
 

@@ -1,0 +1,56 @@
+"""Opening a model and shards for an evaluation: what does not go together is a sentence, before any work."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fixtures import FACTS, fake_sample, fake_shards, tokenizer
+
+from eval import image_generation, speech
+from eval.task import open_split, open_task
+from opt.checkpoint import save_pretrained
+from opt.cli import main
+from opt.config import UserError
+from opt.systems.system import build, load
+
+
+def system(**facts):
+    return build("opt", load("opt.tiny"), tokenizer(), dataclasses.replace(FACTS, **facts))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """A model trained without image codes, and shards with everything."""
+    folder = tmp_path_factory.mktemp("eval")
+    save_pretrained(system(codebook=0), folder / "model")
+    fake_shards(folder / "shards", [fake_sample(number) for number in range(4)])
+    return folder / "model", folder / "shards"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [({"speech_width": 0}, "--audio none"), ({"region_width": 0}, "--regions none"),
+     ({"speech_width": 11}, "10 numbers, not 11")],
+)
+def test_features_that_the_model_never_saw_are_refused(folders, facts, said):
+    with pytest.raises(UserError, match=said):
+        open_split(folders[1], None, system(**facts))
+
+
+def test_a_model_without_image_codes_cannot_draw(folders, tmp_path):
+    config = image_generation.TextToImageConfig(*folders, out=tmp_path)
+    with pytest.raises(UserError, match="trained without image codes"):
+        image_generation.text_to_image(config)
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"batch": 0}, {"limit": 0}, {"limit": -2}])
+def test_numbers_out_of_range_name_their_option(folders, tmp_path, change):
+    with pytest.raises(UserError, match=f"--{next(iter(change))}"):
+        open_task("transcribe", "transcribe", speech.TranscribeConfig(*folders, out=tmp_path, **change))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(folders, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["eval", "transcribe", *map(str, folders), "--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "transcribe from" not in said
