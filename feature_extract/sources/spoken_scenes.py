@@ -18,6 +18,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,11 +183,13 @@ def _write_split(config: ScenesConfig, split: str, size: int) -> None:
 
 def _journal_lines(journal: Path) -> Iterator[dict[str, Any]]:
     """The journal's whole lines; the last one may be cut off by a kill, and a line written after it with it."""
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+    for text in journal.read_bytes().splitlines() if journal.exists() else []:
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             continue
+        if isinstance(line, dict) and {"index", "scene", "narratives"} <= set(line):
+            yield line
 
 
 def _media_exist(out: Path, line: dict[str, Any]) -> bool:
@@ -205,7 +208,13 @@ def _work(task: partial[dict[str, Any]], indices: list[int], workers: int) -> It
         yield from map(task, indices)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(task, indices, chunksize=8)
+        try:
+            yield from pool.map(task, indices, chunksize=8)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process ended unexpectedly, most often because memory ran out: run the same command again to "
+                "go on, with --workers 1 if it happens again"
+            ) from error
 
 
 def _write_scene(out: Path, seed: int, split: str, index: int) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from feature_extract.sources import scene_captions
+from feature_extract.sources import scene_captions, spoken_scenes
 from feature_extract.sources.scene_drawing import SIDE
 from feature_extract.sources.scene_speech import VOICES, Voice, speak
 from feature_extract.sources.spoken_scenes import CLASSES, ScenesConfig, draw, scenes, words
@@ -142,3 +145,19 @@ def test_drowned_words_are_loud():
 def test_words_know_every_phrase():
     assert {"two", "circles", "crosses", "left", "meadow", "striped", "huge"} <= set(words())
     assert scene_captions.words() == tuple(sorted(set(words())))
+
+
+@pytest.mark.parametrize("noise", [b"3\n", b"[]\n", b'{"index": 0}\n', b"\xff\xfe\n", b'{"index": 1, "sce'])
+def test_a_damaged_journal_costs_only_the_scenes_it_lost(written: Path, tmp_path: Path, noise: bytes):
+    out = tmp_path / "out"
+    shutil.copytree(written, out)
+    journal = out / ".test_journal.jsonl"
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(noise + b"".join(rest))
+    scenes(ScenesConfig(out=out, train=12, val=2, test=3, seed=5, workers=1))
+    assert fingerprints(out) == fingerprints(written)
+
+
+def test_a_worker_that_is_killed_is_a_sentence():
+    with pytest.raises(UserError, match="run the same command again"):
+        list(spoken_scenes._work(partial(os._exit), [1, 2, 3], 2))
