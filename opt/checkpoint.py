@@ -153,7 +153,8 @@ def _without_advice() -> Iterator[None]:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the file system said, where PyTorch's writer hides it behind an error of its own."""
+    """What the file system said, where PyTorch's writer hides it behind errors of its own."""
     while error is not None and not isinstance(error, OSError):
-        error = error.__context__
+        failures = list(error.failures.values()) if isinstance(error, dcp.CheckpointException) else []
+        error = failures[0][0] if failures else error.__context__
     return error
