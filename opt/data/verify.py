@@ -77,6 +77,8 @@ def inspect(config: InspectConfig) -> None:
 
     Example: opt shards inspect runs/demo/shards/train --number 5
     """
+    if config.number < 0:
+        raise UserError(f"--number {config.number}: must be at least 0")
     reader = ShardReader(config.folder)
     print("\n".join([*_summary(reader), *_samples(reader, config.number)]))
 

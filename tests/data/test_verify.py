@@ -105,6 +105,13 @@ def test_inspect_shows_what_is_there(folder: Path, capsys: pytest.CaptureFixture
     verify(VerifyConfig(folder / "empty", deep=True))
 
 
+def test_a_negative_number_of_samples_is_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(InspectConfig(folder, number=0))
+    assert "sample " not in capsys.readouterr().out
+    with pytest.raises(UserError, match="--number -1"):
+        inspect(InspectConfig(folder, number=-1))
+
+
 def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "verify", str(folder), "--deep"]) == 0
     (folder / "manifest.json").unlink()
