@@ -61,6 +61,8 @@ def text_to_image(config: TextToImageConfig) -> None:
 
     Example: opt eval text-to-image runs/demo/model runs/demo/shards/test --top-k 32
     """
+    if not 0 <= config.confidence <= 1:
+        raise UserError(f"--confidence {config.confidence} must lie in 0 to 1")
     if config.pictures < 1:
         raise UserError(f"--pictures {config.pictures} must be at least 1")
     if config.top_k < 1 or not 0 < config.temperature < float("inf"):

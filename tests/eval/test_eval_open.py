@@ -54,3 +54,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(folders, tmp_p
     assert main(["eval", "transcribe", *map(str, folders), "--out", str(tmp_path / "file")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "transcribe from" not in said
+
+
+@pytest.mark.parametrize("change", [{"confidence": float("nan")}, {"confidence": 2.0}, {"pictures": 0}, {"top_k": 0}])
+def test_options_of_drawing_out_of_range_are_refused(folders, tmp_path, change):
+    config = image_generation.TextToImageConfig(*folders, out=tmp_path, **change)
+    with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}"):
+        image_generation.text_to_image(config)
