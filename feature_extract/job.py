@@ -8,14 +8,12 @@ source, so a row that fails leaves its neighbours where they are.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from feature_extract.sources.item import BadRow, Item
 from opt.config import UserError
 from opt.data.manifest import MANIFEST, Manifest, read_receipt, shard_name, write_manifest
 from opt.files import open_atomic, write_atomic
+from opt.lock import alone
 from opt.progress import progress
 
 SETTINGS = "settings.json"
@@ -93,9 +92,8 @@ def extract(config: ExtractConfig) -> None:
     if config.dry_run:
         print(f"would extract {len(rows)} rows into {len(work)} shards in {config.out}; {done} are there already")
         return
-    config.out.mkdir(parents=True, exist_ok=True)
     device = _device(config.device)
-    with _alone(config.out):
+    with alone(config.out):
         extractors = open_extractors(config.regions, config.audio, config.codes, _region_settings(config),
                                      _audio_settings(config), device)
         descriptions = extractors.describe()
@@ -166,19 +164,6 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other jobs out of the folder, and remove what a killed one left unfinished in it."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another job is writing here; wait for it, or choose another --out") from error
-        for forgotten in out.glob(".*.tmp"):
-            forgotten.unlink(missing_ok=True)
-        yield
 
 
 def _claim(config: ExtractConfig, rows_sha256: str, device: str, extractors: dict[str, Any]) -> None:

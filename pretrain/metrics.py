@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
         self.seconds = max([json.loads(line)["seconds"] for line in kept], default=0.0)
@@ -70,8 +71,9 @@ class MetricsFile:
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinity for one that a kill cut short."""
+    """The step of a line; infinity for one that a kill cut short or that is no line of ours."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+        values = json.loads(line)
+        return int(values["step"]) if math.isfinite(values["seconds"]) else float("inf")
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -15,13 +15,15 @@ from opt.data.manifest import Manifest
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
-from opt.systems.system import DataFacts, System, build, load
+from opt.lock import alone
+from opt.systems.system import DataFacts, System, build, load, names
+from pretrain.limits import check
 from pretrain.optim import OptimConfig
 from pretrain.trainer import LoopConfig, Trainer
 
 ModelConfig = TypeVar("ModelConfig")
 
-FREE = {"loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "dry_run"}
+FREE = {"shards", "out", "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "dry_run"}
 """Settings that may change between the starts of one run: they do not change what is learned."""
 
 
@@ -48,7 +50,8 @@ class PretrainConfig(Generic[ModelConfig]):
     @classmethod
     def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
         """The type and values to begin with: those of the preset named first on the line."""
-        preset = next((word for word in argv if not word.startswith("-")), "")
+        words = [word for word in argv if not word.startswith("-")]
+        preset = next((word for word in words if word.partition(".")[0] in names()), words[0] if words else "")
         if not preset:
             return PretrainConfig[type(load("opt.tiny"))], None  # type: ignore[misc]
         model = load(preset)
@@ -61,19 +64,21 @@ def pretrain(config: PretrainConfig) -> None:
 
     Example: opt pretrain opt.tiny --shards runs/shards/train --out runs/first --loop.steps 500
     """
+    check(config.loop)
+    check(config.optim)
     reader = ShardReader(config.shards)
-    system, trainer_folder = _system(config, reader), config.out
+    system = _system(config, reader)
     if config.dry_run:
         _describe(system, reader, config)
         return
-    trainer_folder.mkdir(parents=True, exist_ok=True)
-    _same_run(config, reader.fingerprint)
-    trainer = Trainer(system, reader, trainer_folder, config.loop, config.optim)
-    if trainer.step >= config.loop.steps and (trainer_folder / "model" / "config.json").exists():
-        print(f"{trainer_folder} is finished: {trainer.step} steps; its model is {trainer_folder / 'model'}")
-        return
-    trainer.run()
-    print(f"trained {trainer.step} steps; the model is {trainer_folder / 'model'}")
+    with alone(config.out):
+        _same_run(config, reader.fingerprint)
+        trainer = Trainer(system, reader, config.out, config.loop, config.optim)
+        if trainer.step >= config.loop.steps and (config.out / "model" / "config.json").exists():
+            print(f"{config.out} is finished: {trainer.step} steps; its model is {config.out / 'model'}")
+            return
+        trainer.run()
+    print(f"trained {trainer.step} steps; the model is {config.out / 'model'}")
 
 
 def _system(config: PretrainConfig, reader: ShardReader) -> System:
@@ -84,7 +89,10 @@ def _system(config: PretrainConfig, reader: ShardReader) -> System:
         Tokenizer.from_vocab(config.vocabulary) if config.vocabulary is not None
         else Tokenizer.train(reader.captions(), config.vocabulary_size)
     )
-    return build(config.system.partition(".")[0], config.model, tokenizer, facts(reader.manifest))
+    try:
+        return build(config.system.partition(".")[0], config.model, tokenizer, facts(reader.manifest))
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:  # sizes that no network can have
+        raise UserError(f"the model cannot be built from these --model settings: {error}") from error
 
 
 def facts(manifest: Manifest) -> DataFacts:
@@ -111,7 +119,10 @@ def _same_run(config: PretrainConfig, fingerprint: str) -> None:
     path = config.out / "config.json"
     wanted = {**configuration.to_dict(config), "data": fingerprint}
     if path.exists():
-        saved = _flat(json.loads(path.read_text()))
+        try:
+            saved = _flat(json.loads(path.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); give another --out") from error
         for key, value in _flat(wanted).items():
             if key not in FREE and saved.get(key) != value:
                 raise UserError(f"{config.out} holds a run with {key} = {saved.get(key)!r}, not {value!r}; "

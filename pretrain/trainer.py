@@ -74,12 +74,13 @@ class Trainer:
                 terms, total, norm = self.train_step(batch.to(self.device))
                 self.step, self.position = self.step + 1, position
                 meter.add(terms, total, batch.tokens)
-                note = None
-                if self.step % self.loop.log_every == 0 or self.step == self.loop.steps:
+                note, last = None, self.step == self.loop.steps
+                if self.step % self.loop.log_every == 0 or last:
                     values = {"step": self.step, **meter.line(loader.waited), "gradient_norm": float(norm)}
-                    note = self._log(values, metrics, batch)
+                    note = self._log(values, metrics)
                 bar.advance(1, note)
-                if self.step % self.loop.save_every == 0 or self.step == self.loop.steps or self.stopping:
+                if self.step % self.loop.save_every == 0 or last or self.stopping:
+                    self._require_finite(total, norm, batch)
                     save_state(self.folder / "checkpoints", self.step, self._state(), self.loop.keep)
                 if self.stopping:
                     raise KeyboardInterrupt
@@ -110,16 +111,18 @@ class Trainer:
     def _loader(self) -> Loader:
         return Loader(self.reader, self.plan(), self.system.preparer(), self.position, workers=self.loop.workers)
 
-    def _log(self, values: dict[str, Any], metrics: MetricsFile, batch: Batch) -> str:
-        seconds = metrics.seconds + values["seconds"]
-        metrics.seconds = seconds
+    def _log(self, values: dict[str, Any], metrics: MetricsFile) -> str:
+        metrics.seconds += values["seconds"]
         rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
-        metrics.append({**values, "learning_rate": rate, "seconds": round(seconds, 3)})
-        if not torch.isfinite(torch.tensor([values["loss"], values["gradient_norm"]])).all():
-            raise UserError(f"the loss is not finite at step {self.step}, with {', '.join(batch.keys[:8])} in the batch"
-                            "; try a lower --optim.learning-rate or --loop.precision float32")
+        metrics.append({**values, "learning_rate": rate, "seconds": round(metrics.seconds, 3)})
         return (f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, "
                 f"waiting {values['wait_share']:.0%}")
+
+    def _require_finite(self, total: Tensor, norm: Tensor, batch: Batch) -> None:
+        """Before a state is saved: raises UserError when training has run off, so that the state before it stays."""
+        if not bool(torch.isfinite(total) & torch.isfinite(norm)):
+            raise UserError(f"the loss is not finite at step {self.step}, with {', '.join(batch.keys[:8])} in the batch"
+                            "; try a lower --optim.learning-rate or --loop.precision float32")
 
     def _state(self) -> dict[str, Any]:
         return {

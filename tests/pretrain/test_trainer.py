@@ -14,6 +14,7 @@ from fixtures import fake_sample, fake_shards
 from opt.checkpoint import from_pretrained, newest_state
 from opt.config import UserError
 from opt.data.shards import ShardReader
+from opt.lock import alone
 from opt.systems.opt import tiny
 from pretrain.optim import OptimConfig, learning_rate
 from pretrain.run import PretrainConfig, pretrain
@@ -132,3 +133,62 @@ def test_the_learning_rate_rises_then_falls() -> None:
     assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
     assert learning_rate(100, 100, optim) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("changes", "rule"), [
+    ({"steps": 0}, "--steps 0 must be at least 1"), ({"log_every": 0, "keep": 0}, "--log-every 0.*--keep 0"),
+    ({"batch_tokens": -1}, "--batch-tokens -1"), ({"precision": "int3"}, "precision"),
+])
+def test_impossible_numbers_are_refused(shards: Path, tmp_path: Path, changes: dict, rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        pretrain(config(shards, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(learning_rate=-1.0), OptimConfig(learning_rate=float("nan")),
+                                   OptimConfig(beta2=2.0), OptimConfig(clip=0.0)])
+def test_impossible_rates_are_refused(shards: Path, tmp_path: Path, optim: OptimConfig) -> None:
+    with pytest.raises(UserError, match="must be"):
+        pretrain(dataclasses.replace(config(shards, tmp_path / "run"), optim=optim))
+
+
+def test_a_model_that_cannot_be_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="width 7 must be a multiple of heads"):
+        pretrain(dataclasses.replace(config(shards, tmp_path), model=dataclasses.replace(MODEL, width=7)))
+
+
+def test_two_runs_do_not_share_a_folder(shards: Path, tmp_path: Path) -> None:
+    with alone(tmp_path / "run"), pytest.raises(UserError, match="another job is writing"):
+        pretrain(config(shards, tmp_path / "run"))
+
+
+def test_a_moved_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    pretrain(config(shards, tmp_path / "run", steps=2))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    pretrain(config(shards, tmp_path / "moved", steps=2))
+
+
+def test_options_may_stand_before_the_preset() -> None:
+    kind, default = PretrainConfig.prepare(["--out", "runs/x", "opt.tiny", "--shards", "s"])
+    assert default.system == "opt.tiny" and default.model == tiny()
+
+
+def test_a_damaged_configuration_is_a_sentence(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(UserError, match="damaged"):
+        pretrain(config(shards, tmp_path))
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def run_off(self: Trainer, batch: object) -> object:
+        terms, total, norm = step(self, batch)
+        return terms, total * float("nan") if self.step >= 5 else total, norm
+
+    monkeypatch.setattr(Trainer, "train_step", run_off)
+    with pytest.raises(UserError, match="not finite at step 8"):
+        pretrain(config(shards, tmp_path, log_every=100))
+    newest = newest_state(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-00000004"
