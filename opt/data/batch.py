@@ -98,10 +98,6 @@ class Batch:
         """The batch with every tensor on `device`."""
         return _move(self, torch.device(device))
 
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory (called by the loader for CUDA)."""
-        return _apply(self, lambda tensor: tensor.pin_memory())
-
 
 def _move(value: Moved, device: torch.device) -> Moved:
     return _apply(value, lambda tensor: tensor.to(device, non_blocking=True))
