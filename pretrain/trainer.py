@@ -109,7 +109,8 @@ class Trainer:
         return Plan(self.loop.seed, costs, self.loop.batch_tokens, preparer.tasks, self.reader.key_hash)
 
     def _loader(self) -> Loader:
-        return Loader(self.reader, self.plan(), self.system.preparer(), self.position, workers=self.loop.workers)
+        return Loader(self.reader, self.plan(), self.system.preparer(), self.position, workers=self.loop.workers,
+                      pin_memory=self.device.type == "cuda")
 
     def _log(self, values: dict[str, Any], metrics: MetricsFile) -> str:
         metrics.seconds += values["seconds"]
