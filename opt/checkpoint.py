@@ -26,7 +26,7 @@ from opt import config as configuration
 from opt.config import UserError
 from opt.data.tokenizer import Tokenizer
 from opt.files import sha256, sync_folder, write_atomic
-from opt.systems.system import DataFacts, System, build, load
+from opt.systems.system import DataFacts, System, build, system_type
 
 HASHES = "sha256.json"
 """In a training state: the SHA-256 of each of its files."""
@@ -52,7 +52,8 @@ def save_pretrained(system: System, folder: Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in system.state_dict().items()}
     write_atomic(folder / "model.safetensors", to_safetensors(weights))
-    system.tokenizer.save(folder)
+    if system.reads_text:
+        system.tokenizer.save(folder)
     parameters = sum(parameter.numel() for parameter in system.parameters())
     extractors = json.dumps(system.facts.extractors)
     card = CARD.format(system=system.name, parameters=parameters, extractors=extractors)
@@ -74,10 +75,10 @@ def from_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> S
     content = _description(folder)
     if not weights.exists() or sha256(weights) != content["sha256"]:
         raise UserError(f"{weights} is not the file config.json was written for; copy the folder anew")
-    kind = type(load(f"{content['system']}.base"))
-    config = configuration.from_dict(kind, content["config"], f"{path}, config")
+    kind = system_type(content["system"])
+    config: Any = configuration.from_dict(kind.config_type, content["config"], f"{path}, config")
     facts = configuration.from_dict(DataFacts, content["facts"], f"{path}, facts")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder) if kind.reads_text else None
     try:
         system = build(content["system"], config, tokenizer, facts)
         system.load_state_dict(load_file(weights))

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How weights move."""
-
-    learning_rate: float = 1e-3
-    """Highest learning rate, reached after the warm-up."""
-    warmup: float = 0.1
-    """Share of the steps in which the rate rises from zero."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """How the rate falls to `final` of its height afterwards."""
-    final: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    """Not applied to biases, norms and other vectors."""
-    clip: float = 1.0
-    """Largest gradient norm."""
+from opt.recipe import OptimConfig
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

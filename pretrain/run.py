@@ -16,10 +16,10 @@ from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
 from opt.lock import alone
-from opt.systems.system import DataFacts, System, build, load, names
+from opt.recipe import LoopConfig, OptimConfig
+from opt.systems.system import DataFacts, System, build, load, names, system_type
 from pretrain.limits import check
-from pretrain.optim import OptimConfig
-from pretrain.trainer import LoopConfig, Trainer
+from pretrain.trainer import Trainer
 
 ModelConfig = TypeVar("ModelConfig")
 
@@ -53,10 +53,13 @@ class PretrainConfig(Generic[ModelConfig]):
         words = [word for word in argv if not word.startswith("-")]
         preset = next((word for word in words if word.partition(".")[0] in names()), words[0] if words else "")
         if not preset:
-            return PretrainConfig[type(load("opt.tiny"))], None  # type: ignore[misc]
-        model = load(preset)
+            return PretrainConfig[type(load("opt.tiny").model)], None  # type: ignore[misc]
+        begin = load(preset)
         missing: Any = tyro.MISSING
-        return PretrainConfig[type(model)], PretrainConfig(preset, missing, missing, model)  # type: ignore[misc]
+        return PretrainConfig[type(begin.model)], PretrainConfig(  # type: ignore[misc]
+            preset, missing, missing, begin.model, vocabulary_size=begin.vocabulary_size, loop=begin.loop,
+            optim=begin.optim,
+        )
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -85,14 +88,18 @@ def _system(config: PretrainConfig, reader: ShardReader) -> System:
     import torch
 
     torch.manual_seed(config.loop.seed)
-    tokenizer = (
-        Tokenizer.from_vocab(config.vocabulary) if config.vocabulary is not None
-        else Tokenizer.train(reader.captions(), config.vocabulary_size)
-    )
+    system = config.system.partition(".")[0]
+    tokenizer = _tokenizer(config, reader) if system_type(system).reads_text else None
     try:
-        return build(config.system.partition(".")[0], config.model, tokenizer, facts(reader.manifest))
+        return build(system, config.model, tokenizer, facts(reader.manifest))
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # sizes that no network can have
         raise UserError(f"the model cannot be built from these --model settings: {error}") from error
+
+
+def _tokenizer(config: PretrainConfig, reader: ShardReader) -> Tokenizer:
+    if config.vocabulary is not None:
+        return Tokenizer.from_vocab(config.vocabulary)
+    return Tokenizer.train(reader.captions(), config.vocabulary_size)
 
 
 def facts(manifest: Manifest) -> DataFacts:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,10 @@ from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.objectives.term import Term, loss
 from opt.progress import progress
+from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import Progress, System
 from pretrain.metrics import Meter, MetricsFile
-from pretrain.optim import OptimConfig, adamw, learning_rate
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long and how to train."""
-
-    steps: int = 1000
-    batch_tokens: int = 8192
-    """Tokens of one batch: as many samples as fit."""
-    seed: int = 0
-    precision: str = "auto"
-    """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32."""
-    workers: int = 1
-    """Processes that read and pack batches."""
-    log_every: int = 10
-    save_every: int = 200
-    keep: int = 2
-    """Checkpoints kept."""
+from pretrain.optim import adamw, learning_rate
 
 
 class Trainer:

@@ -18,7 +18,7 @@ from opt.systems.system import build, load
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save_pretrained(build("opt", load("opt.tiny"), tokenizer(), FACTS), folder)
+    save_pretrained(build("opt", load("opt.tiny").model, tokenizer(), FACTS), folder)
     return folder
 
 

@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,15 @@ from opt.data.plan import BatchPlan, Plan, split
 from opt.data.record import Sample
 from opt.data.shards import ShardReader
 
-Prepare = Callable[[dict[int, Sample], BatchPlan], Any]
+
+class Prepare(Protocol):
+    """A system's preparer, as far as a loader needs it (opt.systems.system.Preparer)."""
+
+    jpeg: bool
+
+    def __call__(self, samples: dict[int, Sample], plan: BatchPlan, /) -> Any: ...
+
+
 
 # Workers are forked where that is sound: they share the parent's modules and index at once, while a spawned worker
 # imports torch anew (5 s of a core). They touch neither CUDA nor thread pools, which do not survive a fork.
@@ -118,7 +126,8 @@ class _Batches(Dataset[Any]):
     def __getitem__(self, rows: BatchPlan) -> tuple[bytes | Failed, Tensor, int]:
         try:
             numbers = np.unique(np.concatenate([rows.sample, rows.partners.ravel()]))
-            samples = {int(number): self.reader.sample(int(number)) for number in numbers[numbers >= 0]}
+            wanted = [int(number) for number in numbers if number >= 0]
+            samples = {number: self.reader.sample(number, self.preparer.jpeg) for number in wanted}
             return *_pack(self._prepare(samples, rows)), rows.next_position
         except UserError as error:
             failed = Failed(str(error), for_user=True)

@@ -74,7 +74,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """A record with one narration chosen (`narration` is its number, -1 when the record has none)."""
+    """A record with one narration chosen (`narration` is its number, -1 when the record has none).
+
+    answers: right answers where the caption is a question about the picture (VQA); not stored in shards.
+    """
 
     key: str
     pictures: tuple[Picture, ...] = ()
@@ -82,6 +85,7 @@ class Sample:
     narration_id: str = ""
     caption: str | None = None
     speech: np.ndarray | None = None
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,14 @@ class Block(nn.Module):
 
     def __init__(
         self, width: int, heads: int, inner: int, dropout: float, post_norm: bool = False, cross: bool = False,
-        causal: bool = False,
+        causal: bool = False, epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
         self.post_norm, self.causal = post_norm, causal
-        self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width) if cross else None
+        self.self_norm, self.self_attention = nn.LayerNorm(width, epsilon), Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width, epsilon) if cross else None
         self.cross_attention = Attention(width, heads) if cross else None
-        self.feed_norm, self.feed_forward = nn.LayerNorm(width), FeedForward(width, inner)
+        self.feed_norm, self.feed_forward = nn.LayerNorm(width, epsilon), FeedForward(width, inner)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -101,12 +101,12 @@ class Stack(nn.Module):
     """Blocks in order; a pre-norm stack ends in a norm."""
 
     def __init__(self, layers: int, width: int, heads: int, inner: int, dropout: float, post_norm: bool = False,
-                 cross: bool = False, causal: bool = False) -> None:
+                 cross: bool = False, causal: bool = False, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, heads, inner, dropout, post_norm, cross, causal) for _ in range(layers)
+            Block(width, heads, inner, dropout, post_norm, cross, causal, epsilon) for _ in range(layers)
         )
-        self.final_norm = nn.Identity() if post_norm else nn.LayerNorm(width)
+        self.final_norm = nn.Identity() if post_norm else nn.LayerNorm(width, epsilon)
 
     def forward(self, hidden_ND: Tensor, layout: AttentionLayout, context_MD: Tensor | None = None,
                 context_layout: AttentionLayout | None = None) -> Tensor:

@@ -16,12 +16,12 @@ from opt.data.batch import FrameTable, RegionTable, TextTable
 class TextEmbedder(nn.Module):
     """WordPiece ids: token + position + type, LayerNorm, dropout."""
 
-    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float) -> None:
+    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(positions, width)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
 
     def forward(self, text: TextTable) -> Tensor:
         """(N, D)."""
@@ -32,13 +32,13 @@ class TextEmbedder(nn.Module):
 class RegionEmbedder(nn.Module):
     """Region feature and 7-d box [x1, y1, x2, y2, w, h, w h], one FC and LayerNorm each, summed (paper section 3.1)."""
 
-    def __init__(self, feature_width: int, width: int, dropout: float) -> None:
+    def __init__(self, feature_width: int, width: int, dropout: float, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.mask = nn.Parameter(torch.zeros(feature_width))
-        self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width)
-        self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width)
+        self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
+        self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, epsilon)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
 
     def forward(self, regions: RegionTable) -> Tensor:
         """(R, D)."""
@@ -50,13 +50,13 @@ class RegionEmbedder(nn.Module):
 class FrameEmbedder(nn.Module):
     """Speech frames: FC and LayerNorm, then position and type, LayerNorm, dropout."""
 
-    def __init__(self, feature_width: int, positions: int, width: int, dropout: float) -> None:
+    def __init__(self, feature_width: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.mask = nn.Parameter(torch.zeros(feature_width))
-        self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width)
+        self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
         self.position = nn.Embedding(positions, width)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
 
     def forward(self, frames: FrameTable) -> Tensor:
         """(T, D)."""

@@ -27,8 +27,20 @@ from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.objectives.term import Term
+from opt.recipe import LoopConfig, OptimConfig
 
 MODALITIES = ("text", "image", "audio")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset's function returns: the model's configuration, and the recipe it is meant to be trained by."""
+
+    model: Any
+    loop: LoopConfig = LoopConfig()
+    optim: OptimConfig = OptimConfig()
+    vocabulary_size: int = 2000
+    """Largest vocabulary trained on the captions, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class Preparer(Protocol):
     """Turns samples into a batch: tokenises, corrupts and packs. All randomness comes from each row's rng key."""
 
     tasks: Tasks
+    jpeg: bool
+    """Whether samples come with their pictures' jpegs."""
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch: ...
 
@@ -86,6 +100,9 @@ class System(nn.Module):
     """Base of all systems. Abilities a system lacks raise UserError; a system overrides what it can."""
 
     name: ClassVar[str]
+    config_type: ClassVar[type]
+    reads_text: ClassVar[bool] = True
+    """Whether it needs a tokenizer; one that does not is built with None."""
     config: Any
     tokenizer: Tokenizer
     facts: DataFacts
@@ -133,8 +150,8 @@ def names() -> list[str]:
                   if module.name != "system")
 
 
-def load(name: str) -> Any:
-    """The configuration of a preset such as "opt.tiny": opt/systems/opt.py, function tiny(). Raises UserError."""
+def load(name: str) -> Preset:
+    """A preset such as "opt.tiny": opt/systems/opt, function tiny(). Raises UserError."""
     system, _, preset = name.partition(".")
     module = system_module(system)
     if preset not in presets(module):
@@ -143,7 +160,7 @@ def load(name: str) -> Any:
 
 
 def presets(module: Any) -> list[str]:
-    """Functions of a system's file that take nothing and return its configuration."""
+    """Functions of a system's file that take nothing and return a Preset."""
     return [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
             and value.__module__ == module.__name__ and not inspect.signature(value).parameters]
 
@@ -155,12 +172,16 @@ def system_module(system: str) -> Any:
     return importlib.import_module(f"opt.systems.{system}")
 
 
-def build(system: str, config: Any, tokenizer: Tokenizer, facts: DataFacts) -> System:
-    """The system named `system` with this configuration: its module's `System` subclass of the same name."""
+def system_type(system: str) -> type[System]:
+    """The `System` subclass of that name in its module. Raises UserError for a system there is not."""
     module = system_module(system)
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, System)
-               and getattr(value, "name", None) == system]
-    return classes[0](config, tokenizer, facts)
+    return next(value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, System)
+                and getattr(value, "name", None) == system)
+
+
+def build(system: str, config: Any, tokenizer: Tokenizer | None, facts: DataFacts) -> System:
+    """The system named `system` with this configuration, newly initialised."""
+    return system_type(system)(config, tokenizer, facts)
 
 
 def compose(text: Sample | None = None, image: Sample | None = None, audio: Sample | None = None) -> Sample:

@@ -28,6 +28,8 @@ TASKS = Tasks(("read", "match"), (0.5, 0.5), ("match",))
 class Preparer:
     """Sums each row's speech, adds its partners' and noise from its key: everything a batch may depend on."""
 
+    jpeg = False
+
     def __init__(self, broken: str = "") -> None:
         self.broken = broken
 
@@ -116,7 +118,7 @@ def test_many_tensors_need_few_open_files(reader: ShardReader) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
     try:
-        for batch, _ in islice(Loader(reader, plan(reader), many_tensors, workers=2), 12):
+        for batch, _ in islice(Loader(reader, plan(reader), ManyTensors(), workers=2), 12):
             assert len(batch["many"]) == 300
             for number, tensor in enumerate(batch["many"]):
                 assert torch.equal(tensor, torch.full((number % 7, 3), number, dtype=tensor.dtype))
@@ -126,10 +128,13 @@ def test_many_tensors_need_few_open_files(reader: ShardReader) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def many_tensors(samples: dict[int, Sample], plan: BatchPlan) -> dict[str, object]:
-    kinds = [torch.int64, torch.float32, torch.float16, torch.bfloat16]
-    many = tuple(torch.full((number % 7, 3), number, dtype=kinds[number % 4]) for number in range(300))
-    return {"many": many, "mask": torch.tensor([True, False]), "one": torch.tensor(5), "name": "as it is"}
+class ManyTensors:
+    jpeg = False
+
+    def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> dict[str, object]:
+        kinds = [torch.int64, torch.float32, torch.float16, torch.bfloat16]
+        many = tuple(torch.full((number % 7, 3), number, dtype=kinds[number % 4]) for number in range(300))
+        return {"many": many, "mask": torch.tensor([True, False]), "one": torch.tensor(5), "name": "as it is"}
 
 
 def test_waiting_is_counted(reader: ShardReader) -> None:

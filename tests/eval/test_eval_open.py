@@ -15,7 +15,7 @@ from opt.systems.system import build, load
 
 
 def system(**facts):
-    return build("opt", load("opt.tiny"), tokenizer(), dataclasses.replace(FACTS, **facts))
+    return build("opt", load("opt.tiny").model, tokenizer(), dataclasses.replace(FACTS, **facts))
 
 
 @pytest.fixture(scope="module")

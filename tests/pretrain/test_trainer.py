@@ -15,13 +15,14 @@ from opt.checkpoint import from_pretrained, newest_state
 from opt.config import UserError
 from opt.data.shards import ShardReader
 from opt.lock import alone
+from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import tiny
-from pretrain.optim import OptimConfig, learning_rate
+from pretrain.optim import learning_rate
 from pretrain.run import PretrainConfig, pretrain
-from pretrain.trainer import LoopConfig, Trainer
+from pretrain.trainer import Trainer
 
 MODEL = dataclasses.replace(
-    tiny(), width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8, dropout=0.1
+    tiny().model, width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8, dropout=0.1
 )
 
 
@@ -169,7 +170,7 @@ def test_a_moved_run_goes_on(shards: Path, tmp_path: Path) -> None:
 
 def test_options_may_stand_before_the_preset() -> None:
     kind, default = PretrainConfig.prepare(["--out", "runs/x", "opt.tiny", "--shards", "s"])
-    assert default.system == "opt.tiny" and default.model == tiny()
+    assert default.system == "opt.tiny" and default.model == tiny().model
 
 
 def test_a_damaged_configuration_is_a_sentence(shards: Path, tmp_path: Path) -> None:

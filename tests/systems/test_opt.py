@@ -15,7 +15,7 @@ from opt.systems.opt import OPT, OPTConfig, Shares, tiny
 from opt.systems.opt.rows import TASKS
 from opt.systems.system import Progress, Sampling, compose, load, names
 
-SMALL = dataclasses.replace(tiny(), width=32, layers=2, heads=2, inner=64, decoder_layers=1, alignment_width=16)
+SMALL = dataclasses.replace(tiny().model, width=32, layers=2, heads=2, inner=64, decoder_layers=1, alignment_width=16)
 SAMPLES = {number: fake_sample(number) for number in range(12)}
 
 

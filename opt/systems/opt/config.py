@@ -1,13 +1,18 @@
-"""OPT's configuration: sizes, rates and weights, each with its source where the paper is silent (gaps A1..A22)."""
+"""OPT's configuration: sizes, rates and weights. Where the paper is silent the field's help names the gap it fills
+(A1 to A22, docs/opt.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Mixing = Literal["rows", "steps", "joint"]
+ModalityMasking = Literal["paper", "code"]
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Mixing `rows`: the share of a batch's rows that draw each task (design: one task a row, one encoder run)."""
+    """How often rows (mixing `rows`) or steps (mixing `steps`) draw each task; proportions, on any scale."""
 
     mlm: float = 1 / 6
     mvm: float = 1 / 6
@@ -26,26 +31,41 @@ class OPTConfig:
     heads: int = 12
     inner: int = 3072
     decoder_layers: int = 6
-    """Layers of the text decoder and of the code decoder each (gap A12)."""
+    """Layers of the text decoder and of the code decoder each; their width is the encoder's (gap A12)."""
     dropout: float = 0.1
     post_norm: bool = False
-    """Norms after each sub-layer, as BERT; needed to start from BERT's weights (gap A17)."""
+    """Encoder norms after each sub-layer, as BERT; needed to start from BERT's weights (gap A17)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in the norms of the encoder and the embedders; BERT's weights were made with 1e-12."""
     text_positions: int = 64
-    """Longest text in tokens, [CLS] and [SEP] included; longer captions are cut."""
+    """Longest text in tokens, [CLS] and [SEP] included; longer captions are cut (gap A8)."""
     frame_positions: int = 256
-    """Longest speech in frames; longer recordings are cut."""
+    """Longest speech in frames; longer recordings are cut (gaps A6, A8)."""
+    mixing: Mixing = "rows"
+    """rows: each row of a batch draws one task. steps: each step one task, in random order, as the official code.
+    joint: all losses on the same input, as the paper's Figure 1 (gap A1)."""
+    shares: Shares = Shares()
     token_rate: float = 0.15
-    """Share of words, regions and frames that token-level masking hides."""
+    """Share of words, regions and frames that token-level masking hides (gap A4)."""
+    frame_span: int = 1
+    """Hidden frames come in runs of so many, at the same rate: neighbouring frames give each other away (gap A5)."""
     modality_rate: float = 0.3
-    """Chance that a whole modality is hidden (never all three)."""
+    """Chance that a whole modality is hidden, never all three."""
+    modality_masking: ModalityMasking = "code"
+    """Where text or codes are written. paper: each modality is hidden independently. code: what is written is always
+    hidden, and one of the two others with modality_rate each (gap A2)."""
     drop_rate: float = 0.5
-    """Of hidden modalities that are no target, the share left out instead of standing as masks (gap A3)."""
+    """Of hidden modalities that no masked token is predicted in, the share left out instead of standing as masks: at
+    inference what is missing is left out (gap A3)."""
     pair_rate: float = 0.5
-    """Share of matching rows that see two modalities instead of three, so that pairs can be scored."""
+    """Share of matching rows that see two modalities of three, so that pairs can be scored (gap A11)."""
+    matching: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Five-way matching by five sigmoids (Eq. 11) or by one softmax, as the official code (gap A11)."""
     contrast_temperature: float = 0.1
     """Temperature of the frame contrast (gap A9)."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all words or codes where text or codes are written (gap A12)."""
     alignment_weight: float = 0.0
     """Weight of the alignment of text, picture and speech in one space; not in the paper."""
     alignment_width: int = 128
     """Width of that shared space."""
-    shares: Shares = Shares()

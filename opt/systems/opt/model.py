@@ -35,16 +35,18 @@ class OPT(System):
     """arXiv 2107.00249. `facts` gives the widths that the extractors fixed."""
 
     name = "opt"
+    config_type = OPTConfig
 
     def __init__(self, config: OPTConfig, tokenizer: Tokenizer, facts: DataFacts) -> None:
         super().__init__()
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
-        width, dropout = config.width, config.dropout
+        width, dropout, epsilon = config.width, config.dropout, config.norm_epsilon
         region_width, speech_width = max(facts.region_width, 1), max(facts.speech_width, 1)
-        self.text = TextEmbedder(tokenizer.size, config.text_positions, width, dropout)
-        self.regions = RegionEmbedder(region_width, width, dropout)
-        self.frames = FrameEmbedder(speech_width, config.frame_positions, width, dropout)
-        self.encoder = Stack(config.layers, width, config.heads, config.inner, dropout, config.post_norm)
+        self.text = TextEmbedder(tokenizer.size, config.text_positions, width, dropout, epsilon)
+        self.regions = RegionEmbedder(region_width, width, dropout, epsilon)
+        self.frames = FrameEmbedder(speech_width, config.frame_positions, width, dropout, epsilon)
+        self.encoder = Stack(config.layers, width, config.heads, config.inner, dropout, config.post_norm,
+                             epsilon=epsilon)
         self.pooler = Pooler(width)
         self.word_head = TokenHead(width, tokenizer.size)
         self.region_head = nn.Linear(width, region_width)

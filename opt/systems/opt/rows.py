@@ -45,6 +45,8 @@ class Clean:
 class Rows:
     """The preparer of OPT: `(samples, plan) -> Batch` for training, `inputs` for everything else. Picklable."""
 
+    jpeg = False
+
     def __init__(self, config: OPTConfig, tokenizer: Tokenizer, region_width: int, speech_width: int, codebook: int):
         self.config, self.tokenizer, self.codebook = config, tokenizer, codebook
         self.region_width, self.speech_width = region_width, speech_width
