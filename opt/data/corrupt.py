@@ -14,11 +14,16 @@ def row_generator(key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int(key)))
 
 
-def positions(length: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Positions hidden at `rate`, independently, at least one: sorted int64 (m,)."""
+def positions(length: int, rate: float, rng: np.random.Generator, span: int = 1) -> np.ndarray:
+    """Positions hidden at `rate`, in runs of `span`, at least one position: sorted int64 (m,).
+
+    Runs begin independently at every place (some before the first, and they may overlap), so that each position is
+    hidden with probability `rate` whatever the span; runs of one are independent positions (gap A5).
+    """
     if length < 1:
         raise ValueError("nothing to hide in an empty sequence")
-    hidden = np.flatnonzero(rng.random(length) < rate)
+    begins = rng.random(length + span - 1) < 1 - (1 - rate) ** (1 / span)
+    hidden = np.flatnonzero(np.convolve(begins, np.ones(span, int), "valid"))
     return hidden if len(hidden) else rng.integers(length, size=1)
 
 

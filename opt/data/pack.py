@@ -130,7 +130,8 @@ class Packer:
 
     def batch(self, keys: list[str], targets: dict[str, Targets], extra: dict[str, Tensor],
               counts: dict[str, int], writings: Sequence[str] = ()) -> Batch:
-        """Everything packed. `writings` names the decoders, so that one without rows still gets an empty entry."""
+        """Everything packed. `writings` names the decoders, so that one without rows still gets an empty entry; each
+        has a count of its own name, the tokens to write."""
         column = self._columns
         text = TextTable(
             torch.from_numpy(column["text.ids"].join((0,), np.int64)),
@@ -148,6 +149,7 @@ class Packer:
         )
         written = {name: self._writing(name) for name in writings}
         tokens = sum(self._flat.values()) + sum(len(writing.ids) for writing in written.values())
+        counts = {**counts, **{name: len(writing.ids) for name, writing in written.items()}}
         return Batch(
             keys=keys, tokens=tokens, text=text, regions=regions, frames=frames,
             views={view: self._view(view) for view in self._sequences}, writings=written, targets=targets,

@@ -21,16 +21,21 @@ import numpy as np
 from opt.config import UserError
 
 GROUPS_IN_A_WINDOW = 64
-ORDER, BATCH = 0, 1  # what a generator is for, so that no two share a stream
+ORDER, BATCH, TASK = 0, 1, 2  # what a generator is for, so that no two share a stream
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What rows can be asked to do. `shares` are proportions, on any scale; rows of `partnered` tasks need partners."""
+    """What rows can be asked to do. `shares` are proportions, on any scale; rows of `partnered` tasks need partners.
+
+    one_a_step: all rows of a batch get the same task; tasks with a share above zero come equally often, in a random
+    order that is drawn anew when all have come.
+    """
 
     names: tuple[str, ...]
     shares: tuple[float, ...]
     partnered: tuple[str, ...] = ()
+    one_a_step: bool = False
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.shares) or len(set(self.names)) != len(self.names):
@@ -104,7 +109,8 @@ class Plan:
             )
         rng = self._rng(epoch, BATCH, number)
         sample = order[starts[number] : starts[number + 1]]
-        task = _deal(self.tasks.shares, len(sample), rng)
+        task = self._one_task(epoch, number, len(sample)) if self.tasks.one_a_step \
+            else _deal(self.tasks.shares, len(sample), rng)
         return BatchPlan(
             sample=sample,
             task=task,
@@ -144,6 +150,12 @@ class Plan:
             batches.append(order[group * self.multiple : end * self.multiple])
             group, spent = end, int(ends[end - 1])
         return batches
+
+    def _one_task(self, epoch: int, number: int, rows: int) -> np.ndarray:
+        """The task of batch `number` of an epoch, for all its rows."""
+        drawn = np.flatnonzero(np.array(self.tasks.shares) > 0)
+        cycle, place = divmod(number, len(drawn))
+        return np.full(rows, self._rng(epoch, TASK, cycle).permutation(drawn)[place])
 
     def _partners(self, sample: np.ndarray, task: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Two samples of the batch for each row of a partnered task, three different pictures with its own: (B, 2)."""

@@ -12,9 +12,14 @@ from torch import Tensor
 from opt.objectives.term import Term
 
 
-def token_cross_entropy(logits_MV: Tensor, target_M: Tensor, count: Tensor, weight: float = 1.0) -> Term:
-    """- log P(target): MLM (Eq. 2), region classes (MRC, Eq. 5), and next tokens (DTR, DIR, Eq. 9-10)."""
-    return Term(F.cross_entropy(logits_MV.float(), target_M, reduction="sum"), count, weight)
+def token_cross_entropy(
+    logits_MV: Tensor, target_M: Tensor, count: Tensor, smoothing: float = 0.0, weight: float = 1.0
+) -> Term:
+    """- log P(target): MLM (Eq. 2), region classes (MRC, Eq. 5), and next tokens (DTR, DIR, Eq. 9-10).
+
+    smoothing: share of the target that is spread evenly over all tokens (gap A12).
+    """
+    return Term(F.cross_entropy(logits_MV.float(), target_M, reduction="sum", label_smoothing=smoothing), count, weight)
 
 
 def feature_regression(predicted_MF: Tensor, target_MF: Tensor, count: Tensor, weight: float = 1.0) -> Term:

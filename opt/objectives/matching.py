@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,7 +13,15 @@ ALL_MATCH, IMAGE_AUDIO, TEXT_AUDIO, TEXT_IMAGE, NONE_MATCH = range(5)
 """The five classes: everything matches; only the named pair matches; nothing does."""
 
 
-def five_way(logits_S5: Tensor, label_S: Tensor, count: Tensor, weight: float = 1.0) -> Term:
-    """Binary cross-entropy of five sigmoids against a one-hot label, summed over the five (Eq. 11)."""
+def five_way(
+    logits_S5: Tensor, label_S: Tensor, count: Tensor, form: Literal["sigmoid", "softmax"] = "sigmoid"
+) -> Term:
+    """Which of the five it is.
+
+    sigmoid: binary cross-entropy of five sigmoids against a one-hot label, summed over the five (Eq. 11).
+    softmax: cross-entropy of one softmax, as the official code (gap A11).
+    """
+    if form == "softmax":
+        return Term(F.cross_entropy(logits_S5.float(), label_S, reduction="sum"), count)
     target_S5 = F.one_hot(label_S, 5).float()
-    return Term(F.binary_cross_entropy_with_logits(logits_S5.float(), target_S5, reduction="sum"), count, weight)
+    return Term(F.binary_cross_entropy_with_logits(logits_S5.float(), target_S5, reduction="sum"), count)

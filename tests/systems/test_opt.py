@@ -12,7 +12,7 @@ from opt.config import UserError
 from opt.data.plan import BatchPlan
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, OPTConfig, Shares, tiny
-from opt.systems.opt.rows import TASKS
+from opt.systems.opt.tasks import TASKS
 from opt.systems.system import Progress, Sampling, compose, load, names
 
 SMALL = dataclasses.replace(tiny().model, width=32, layers=2, heads=2, inner=64, decoder_layers=1, alignment_width=16)

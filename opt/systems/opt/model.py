@@ -24,8 +24,9 @@ from opt.objectives.contrastive import in_batch
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
 from opt.objectives.matching import ALL_MATCH, five_way
 from opt.objectives.term import Term
+from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
-from opt.systems.opt.rows import PAIRS, Rows
+from opt.systems.opt.rows import Rows
 from opt.systems.system import DataFacts, Output, Progress, Sampling, System
 
 CODES = CODE_GRID[0] * CODE_GRID[1]
@@ -118,7 +119,7 @@ class OPT(System):
         """Five-way matching (Eq. 11)."""
         target = batch.targets["match"]
         logits_S5 = self.match_head(self.pooler(hidden_ND[target.index]))
-        return {"match": five_way(logits_S5, target.label, batch.counts["match"])}
+        return {"match": five_way(logits_S5, target.label, batch.counts["match"], self.config.matching)}
 
     def _denoising(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
         """DTR (Eq. 9) and DIR (Eq. 10)."""
@@ -130,7 +131,8 @@ class OPT(System):
             hidden_MD = decoder(writing.ids, writing.positions, writing.layout, hidden_ND, writing.context,
                                 table.weight)
             logits_MV = decoder.logits(hidden_MD, table.weight)
-            terms[name] = token_cross_entropy(logits_MV, writing.label, batch.counts[written])
+            terms[name] = token_cross_entropy(logits_MV, writing.label, batch.counts[written],
+                                              self.config.label_smoothing)
         return terms
 
     def _alignment(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
