@@ -25,9 +25,10 @@ def test_words_are_masked_replaced_and_kept_at_80_10_10() -> None:
 
 def test_positions_are_hidden_at_their_rate_and_at_least_one() -> None:
     rng = corrupt.row_generator(2)
-    drawn = [corrupt.positions(40, 0.15, rng) for _ in range(DRAWS // 40)]
+    drawn = [corrupt.positions(40, 0.15, rng) for _ in range(DRAWS)]
     at_least_one = (1 - 0.15) ** 40 / 40  # what forcing one adds
-    assert within(sum(map(len, drawn)) / DRAWS, 0.15 + at_least_one)
+    assert within(sum(map(len, drawn)) / DRAWS / 40, 0.15 + at_least_one, 40 * DRAWS)
+    assert min(map(len, drawn)) >= 1
     assert all(len(corrupt.positions(3, 0.0, rng)) == 1 for _ in range(100))
     with pytest.raises(ValueError, match="empty"):
         corrupt.positions(0, 0.15, rng)
@@ -36,7 +37,7 @@ def test_positions_are_hidden_at_their_rate_and_at_least_one() -> None:
 def test_whole_modalities_are_hidden_independently_and_never_all() -> None:
     rng = corrupt.row_generator(3)
     present = np.array([True, True, True])
-    drawn = np.array([corrupt.modalities(present, 0.3, rng) for _ in range(DRAWS // 10)])
+    drawn = np.array([corrupt.modalities(present, 0.3, rng) for _ in range(DRAWS)])
     assert not drawn.all(axis=1).any()
     given_not_all = (0.3 - 0.3**3) / (1 - 0.3**3)
     assert all(within(share, given_not_all, len(drawn)) for share in drawn.mean(axis=0))
@@ -47,3 +48,18 @@ def test_whole_modalities_are_hidden_independently_and_never_all() -> None:
 def test_a_key_decides_everything() -> None:
     again = [corrupt.positions(30, 0.3, corrupt.row_generator(77)).tolist() for _ in range(2)]
     assert again[0] == again[1] != corrupt.positions(30, 0.3, corrupt.row_generator(78)).tolist()
+
+
+@pytest.mark.parametrize("span", [2, 10])
+def test_spans_hide_runs_at_the_same_rate_everywhere(span: int) -> None:
+    rng, length = corrupt.row_generator(4), 50
+    hidden = np.zeros((DRAWS // length, length), bool)
+    for row in hidden:
+        row[corrupt.positions(length, 0.15, rng, span)] = True
+    none = (1 - 0.15) ** ((length + span - 1) / span)  # then one position is forced
+    assert abs(hidden.mean() - 0.15 - none / length) < 6 * np.sqrt(0.15 * 0.85 * span / DRAWS)
+    assert abs(hidden[:, 0].mean() - hidden[:, length // 2].mean()) < 6 * np.sqrt(2 * 0.15 * 0.85 / len(hidden))
+    inner = hidden[hidden.sum(1) > 1][:, span:-span]
+    begins = inner[:, 1:-span] & ~inner[:, : -span - 1]
+    rows, places = np.nonzero(begins)
+    assert all(inner[row, place + 1 : place + 1 + span].all() for row, place in zip(rows, places, strict=True))
