@@ -32,6 +32,13 @@ class Pooler(nn.Module):
         return torch.tanh(self.linear(first_SD))
 
 
+class AnswerHead(nn.Sequential):
+    """Linear to twice the width, GELU, LayerNorm, linear: logits (S, A) over a list of answers (UNITER)."""
+
+    def __init__(self, width: int, answers: int) -> None:
+        super().__init__(nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, answers))
+
+
 class Projection(nn.Module):
     """Linear to the shared space, then unit length: (S, E) float32."""
 

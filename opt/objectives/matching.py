@@ -1,4 +1,5 @@
-"""Matching: do text, picture and speech belong together, and if not, who does (OPT Eq. 11)."""
+"""Matching: do text, picture and speech belong together, and if not, who does (OPT Eq. 11); and which answer belongs to
+a question about a picture."""
 
 from __future__ import annotations
 
@@ -25,3 +26,17 @@ def five_way(
         return Term(F.cross_entropy(logits_S5.float(), label_S, reduction="sum"), count)
     target_S5 = F.one_hot(label_S, 5).float()
     return Term(F.binary_cross_entropy_with_logits(logits_S5.float(), target_S5, reduction="sum"), count)
+
+
+def margin_ranking(true_M: Tensor, false_MK: Tensor, count: Tensor, margin: float = 0.2) -> Term:
+    """Each true pair likelier than each of its K false ones by `margin`, as probabilities (UNITER's fine-tuning, A18).
+
+    true_M, false_MK: log-odds that a pair belongs together. count: M x K comparisons.
+    """
+    true_M1, false_MK = true_M.float().sigmoid()[:, None], false_MK.float().sigmoid()
+    return Term(F.relu(margin + false_MK - true_M1).sum(), count)
+
+
+def soft_classes(logits_MA: Tensor, target_MA: Tensor, count: Tensor) -> Term:
+    """Binary cross-entropy of every answer against how right it is, in [0, 1], summed over answers (UNITER, gap A22)."""
+    return Term(F.binary_cross_entropy_with_logits(logits_MA.float(), target_MA, reduction="sum"), count)

@@ -2,7 +2,7 @@
 
     preparer   a small picklable object without weights: samples and row plans -> Batch, in loader workers
     forward    Batch -> Output(terms, carry); reads like the paper's figure
-    abilities  embed, score, features, generate_text, generate_codes: a missing one is a clear error
+    abilities  embed, score, features, generate_text, generate_codes, answer: a missing one is a clear error
 
 A system `name` lives in `opt/systems/name.py`; `load("opt.tiny")` calls its function `tiny()`. There is no registry.
 """
@@ -135,6 +135,10 @@ class System(nn.Module):
     def generate_codes(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> Tensor:
         """Image codes (B, 8, 8) int64, drawn from the named modalities alone."""
         raise self._cannot("draw pictures")
+
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """One answer a sample, whose caption is a question about its picture."""
+        raise self._cannot("answer questions")
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Fixed, Suppress
 
 Mixing = Literal["rows", "steps", "joint"]
 ModalityMasking = Literal["paper", "code"]
@@ -20,6 +22,22 @@ class Shares:
     dtr: float = 1 / 6
     dir: float = 1 / 6
     match: float = 1 / 6
+
+
+Downstream = Literal["pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "vqa-classes", "vqa-words"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a model was fine-tuned for; `opt finetune` sets it, and the preparer follows it (downstream.py)."""
+
+    task: Downstream = "pretraining"
+    given: tuple[str, ...] = ("image",)
+    """What captions are written from."""
+    margin: float = 0.2
+    """How much likelier a true pair must be than a false one (gap A18)."""
+    answers: tuple[str, ...] = ()
+    """The list that questions are answered from (gap A22)."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +87,5 @@ class OPTConfig:
     """Weight of the alignment of text, picture and speech in one space; not in the paper."""
     alignment_width: int = 128
     """Width of that shared space."""
+    tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
+    """What the model was fine-tuned for."""

@@ -18,14 +18,15 @@ from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
 from opt.nn.decoder import Decoder
 from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
-from opt.nn.heads import Pooler, Projection, Temperature, TokenHead
+from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
 from opt.nn.search import sample as search
 from opt.objectives.contrastive import in_batch
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
-from opt.objectives.matching import ALL_MATCH, five_way
+from opt.objectives.matching import ALL_MATCH, five_way, margin_ranking, soft_classes
 from opt.objectives.term import Term
 from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
+from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
 from opt.systems.opt.rows import Rows
 from opt.systems.system import DataFacts, Output, Progress, Sampling, System
 
@@ -62,12 +63,14 @@ class OPT(System):
         self.align = nn.ModuleDict({name: Projection(width, config.alignment_width) for name in
                                     ("text", "image", "audio")}) if config.alignment_weight > 0 else None
         self.temperature = Temperature() if config.alignment_weight > 0 else None
+        answers = len(config.tuning.answers)
+        self.answer_head = AnswerHead(width, answers) if answers else None
         self.apply(_initialise)
 
     def preparer(self) -> Rows:
-        """Samples -> corrupted, packed rows."""
-        facts = self.facts
-        return Rows(self.config, self.tokenizer, max(facts.region_width, 1), max(facts.speech_width, 1), facts.codebook)
+        """Samples -> packed rows: corrupted in pretraining, clean in fine-tuning."""
+        kind, facts = Rows if self.config.tuning.task == "pretraining" else DownstreamRows, self.facts
+        return kind(self.config, self.tokenizer, max(facts.region_width, 1), max(facts.speech_width, 1), facts.codebook)
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Encode everything once, then ask each head about its own rows."""
@@ -79,6 +82,8 @@ class OPT(System):
             **self._matching(hidden_ND, batch),
             **self._denoising(hidden_ND, batch),
             **self._alignment(first_SD, batch),
+            **self._ranking(first_SD, batch),
+            **self._answering(hidden_ND, batch),
         }
         return Output(terms)
 
@@ -149,6 +154,25 @@ class OPT(System):
             )
         return terms
 
+    def _ranking(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
+        """Fine-tuning for retrieval: true pairs above false ones (gap A18)."""
+        if "ranked" not in batch.extra:
+            return {}
+        logits_S5 = self.match_head(self.pooler(first_SD))
+        logits_M3 = logits_S5[batch.extra["ranked"], ALL_MATCH]
+        return {"ranking": margin_ranking(logits_M3[:, TRUE], logits_M3[:, OTHER_PICTURE:], batch.counts["ranked"],
+                                          self.config.tuning.margin)}
+
+    def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
+        """Fine-tuning for questions: how right each answer of the list is (gap A22)."""
+        if self.answer_head is None or "answer" not in batch.targets:
+            return {}
+        target = batch.targets["answer"]
+        logits_MA = self.answer_head(self.pooler(hidden_ND[target.index]))
+        target_MA = torch.zeros(logits_MA.shape, device=logits_MA.device)
+        target_MA[target.label[:, 0], target.label[:, 1]] = batch.extra["answer_scores"]
+        return {"answer": soft_classes(logits_MA, target_MA, batch.counts["answer"])}
+
     def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
         """Keeps the temperature in its range."""
         if self.temperature is not None:
@@ -185,6 +209,17 @@ class OPT(System):
         if "image" in modalities:
             parts.append(_highest_region(batch, hidden_ND))
         return torch.cat(parts, dim=1).float()
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """The likeliest of the list of answers, or words, as the model was tuned for."""
+        tuning, asked = self.config.tuning, ("text", "image")
+        if tuning.task == "vqa-words":
+            return self.generate_text(samples, asked, Sampling())
+        if tuning.task != "vqa-classes" or self.answer_head is None:
+            raise self._cannot("answer questions before it is tuned for them (`opt finetune vqa-classes` or vqa-words)")
+        best_B = self.answer_head(self.pooler(self._encode_samples(samples, asked)[2])).argmax(dim=-1)
+        return [tuning.answers[place] for place in best_B.tolist()]
 
     @torch.inference_mode()
     def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:

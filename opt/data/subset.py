@@ -1,0 +1,37 @@
+"""Some samples of a folder of shards, read as if they were all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from opt.data.record import Record
+from opt.data.shards import ShardReader
+
+
+class Subset(ShardReader):
+    """The samples `numbers` (n,) int64 of a reader, ascending; one that stands there twice is two samples."""
+
+    def __init__(self, whole: ShardReader, numbers: np.ndarray) -> None:
+        self.folder, self.manifest = whole.folder, whole.manifest
+        self.whole, self.numbers = whole, np.sort(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.whole.column(name)[self.numbers]
+
+    def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
+        return self.whole._read(int(self.numbers[number]), jpeg)
+
+    def _headers(self) -> Iterator[tuple[np.void, dict[str, Any]]]:
+        times = np.bincount(self.numbers, minlength=len(self.whole))
+        for repeat, (row, header) in zip(times, self.whole._headers(), strict=True):
+            for _ in range(repeat):
+                yield row, header
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Subset, (self.whole, self.numbers)

@@ -1,0 +1,152 @@
+"""OPT's preparer for fine-tuning: clean rows whose batches feed the same forward as pretraining's.
+
+    captioning           the picture alone -> the text decoder writes the caption: what inference sees (gap A22)
+    retrieval-in-batch   text, picture and speech alone, all three pairs -> contrast in the shared space
+    retrieval-margin     the true pair, another picture, another text -> the matching head ranks them (gap A18)
+    vqa-classes          question and picture -> the answer head, over a fixed list of answers (gap A22)
+    vqa-words            question and picture -> the text decoder writes the answer
+
+Nothing is hidden. Heads that a task does not train run on no rows, so that every parameter has a gradient each step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from opt.data import corrupt
+from opt.data.batch import Batch, Targets
+from opt.data.pack import Packer, Place
+from opt.data.plan import BatchPlan, Tasks
+from opt.data.record import Lengths, Sample
+from opt.data.tokenizer import Tokenizer
+from opt.systems.opt.collect import Clean, Collected, alignment_pairs
+from opt.systems.opt.config import OPTConfig
+from opt.systems.opt.rows import Rows
+from opt.systems.system import MODALITIES
+
+TRUE, OTHER_PICTURE, OTHER_TEXT = range(3)
+"""Columns of extra["ranked"]."""
+
+AGREEMENT = 0.3
+"""What each of several annotators adds to the score of an answer, up to 1 (VQA, as UNITER has it)."""
+
+
+class DownstreamRows(Rows):
+    """The preparer of a model whose `config.tuning` names a task. Picklable."""
+
+    def __init__(self, config: OPTConfig, tokenizer: Tokenizer, region_width: int, speech_width: int, codebook: int):
+        super().__init__(config, tokenizer, region_width, speech_width, codebook)
+        self.task = config.tuning.task
+        self.tasks = Tasks((self.task,), (1.0,), (self.task,) if self.task == "retrieval-margin" else ())
+        self.places = {answer: place for place, answer in enumerate(config.tuning.answers)}
+
+    def cost(self, lengths: Lengths) -> np.ndarray:
+        """Tokens of a sample's sequences and of what is written for it."""
+        text = np.minimum(lengths.words + 2, self.config.text_positions) * (lengths.words > 0)
+        size = {"text": text, "image": lengths.regions + 1, "audio": np.minimum(lengths.frames,
+                                                                                self.config.frame_positions)}
+        if self.task == "captioning":
+            return text + sum(size[name] for name in self.config.tuning.given)
+        if self.task == "retrieval-in-batch":
+            return sum(size.values()) + 1
+        return (3 if self.task == "retrieval-margin" else 1) * (text + size["image"])
+
+    def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch:
+        """A training batch of clean rows."""
+        work = _Work(self, samples)
+        for row, number in enumerate(map(int, plan.sample)):
+            if self.task == "captioning":
+                work.write(number, self.config.tuning.given, samples[number].caption or "")
+            elif self.task == "retrieval-in-batch":
+                work.alone(number)
+            elif self.task == "retrieval-margin":
+                work.rank(number, [int(partner) for partner in plan.partners[row] if partner >= 0])
+            elif self.task == "vqa-classes":
+                work.classify(number)
+            else:  # one of the annotators' answers, another one in another epoch
+                answers = samples[number].answers
+                drawn = corrupt.row_generator(int(plan.key[row])).integers(len(answers))
+                work.write(number, ("text", "image"), answers[drawn])
+        return work.batch([samples[int(number)].key for number in plan.sample])
+
+    def scores(self, answers: tuple[str, ...]) -> dict[int, float]:
+        """How right each answer of the list is, by its place: 1 for a single annotator's, else by how many agree."""
+        counts = Counter(answers)
+        rightness = {answer: 1.0 if len(answers) == 1 else min(AGREEMENT * counts[answer], 1.0) for answer in counts}
+        return {self.places[answer]: score for answer, score in rightness.items() if answer in self.places}
+
+
+class _Work:
+    """One batch in the making: each method adds the sequences and targets of one row."""
+
+    def __init__(self, rows: DownstreamRows, samples: dict[int, Sample]) -> None:
+        self.rows, self.samples = rows, samples
+        self.packer = Packer(rows.region_width, rows.speech_width)
+        self.cleans: dict[int, Clean] = {}
+        self.ranked: list[list[int]] = []
+        self.asked: list[int] = []
+        self.answers: list[tuple[int, int]] = []
+        self.scores: list[float] = []
+
+    def write(self, number: int, given: tuple[str, ...], text: str) -> None:
+        """The text decoder writes `text`, looking at the modalities `given` and nothing else."""
+        tokenizer = self.rows.tokenizer
+        ids = tokenizer.encode(text, self.rows.config.text_positions - 2)
+        self.packer.write("text", np.concatenate([[tokenizer.bos], ids]), np.concatenate([ids, [tokenizer.eos]]),
+                          self._sequence(number, given))
+
+    def alone(self, number: int) -> None:
+        """Each modality in a sequence of its own, for the contrast."""
+        clean = self._clean(number, MODALITIES)
+        clean.alone.update({name: self._sequence(number, (name,)) for name, part in clean.parts.items() if len(part)})
+
+    def rank(self, number: int, partners: list[int]) -> None:
+        """The true pair, its text with another picture, its picture with another text."""
+        true = self._sequence(number, ("text", "image"))
+        if len(partners) == 2:  # a batch of fewer than three pictures has none to offer
+            picture, text = partners
+            false = [self._pair(number, picture), self._pair(text, number)]
+            self.ranked.append([true.number, *(place.number for place in false)])
+
+    def classify(self, number: int) -> None:
+        """[CLS] of question and picture against the list of answers."""
+        place = self._sequence(number, ("text", "image"))
+        scores = self.rows.scores(self.samples[number].answers)
+        self.answers += [(len(self.asked), answer) for answer in scores]
+        self.scores += scores.values()
+        self.asked.append(place.start)
+
+    def batch(self, keys: list[str]) -> Batch:
+        """Everything packed; targets of tasks that are not trained are empty."""
+        none, pairs = Collected(), alignment_pairs(list(self.cleans.values()))
+        targets = {**none.targets(), "answer": Targets(_integers(self.asked), _integers(self.answers, 2))}
+        extra = {**none.extra(), **pairs, "answer_scores": torch.tensor(self.scores, dtype=torch.float32)}
+        if self.rows.task == "retrieval-margin":
+            extra["ranked"] = _integers(self.ranked, 3)
+        counts = {name: len(target.index) for name, target in targets.items()}
+        counts |= {name: len(pair) for name, pair in pairs.items()} | {"ranked": 2 * len(self.ranked)}
+        return self.packer.batch(keys, targets, extra, counts, writings=("text", "codes"))
+
+    def _clean(self, number: int, modalities: tuple[str, ...]) -> Clean:
+        if number not in self.cleans:
+            parts, ids = self.rows.parts(self.packer, self.samples[number], modalities)
+            self.cleans[number] = Clean(self.samples[number], parts, {}, ids)
+        return self.cleans[number]
+
+    def _sequence(self, number: int, modalities: tuple[str, ...]) -> Place:
+        parts = self._clean(number, modalities).parts
+        chosen = {name: parts[name] for name in modalities if name in parts}
+        return self.packer.sequence("encoder", self.rows.join(self.packer, chosen))
+
+    def _pair(self, text: int, picture: int) -> Place:
+        both = ("text", "image")
+        parts = {"text": self._clean(text, both).parts["text"], "image": self._clean(picture, both).parts["image"]}
+        return self.packer.sequence("encoder", self.rows.join(self.packer, parts))
+
+
+def _integers(values: list, width: int = 0) -> torch.Tensor:
+    """int64 (n,), or (n, width); well-shaped when empty."""
+    return torch.tensor(values, dtype=torch.int64).reshape((-1, width) if width else (-1,))
