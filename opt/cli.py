@@ -35,9 +35,11 @@ VERBS = {
     "shards verify": Verb("opt.data.verify:verify", "check every byte of a folder of shards"),
     "shards inspect": Verb("opt.data.verify:inspect", "show what a folder of shards holds"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
+    "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions or questions"),
     "eval retrieval": Verb("eval.retrieval:retrieval", "search between pictures, text and speech: recall at 1, 5, 10"),
     "eval transcribe": Verb("eval.speech:transcribe", "write down what is said: word error rate"),
     "eval caption": Verb("eval.captioning:caption", "describe pictures in words"),
+    "eval vqa": Verb("eval.vqa:vqa", "answer questions about pictures: VQA accuracy"),
     "eval text-to-image": Verb("eval.image_generation:text_to_image", "draw pictures from captions"),
     "eval classify": Verb(
         "eval.classification:classify", "linear probe for each subset of modalities: average precision"

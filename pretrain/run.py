@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import tyro
 
@@ -72,10 +72,26 @@ def pretrain(config: PretrainConfig) -> None:
     reader = ShardReader(config.shards)
     system = _system(config, reader)
     if config.dry_run:
-        _describe(system, reader, config)
-        return
+        describe(config.system, system, reader, config)
+    else:
+        train(system, reader, config, reader.fingerprint)
+
+
+class RunConfig(Protocol):
+    """What every run's configuration holds; all its other settings are kept beside the run."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+
+
+def train(system: System, reader: ShardReader, config: RunConfig, data: str) -> None:
+    """Train in `config.out`, or go on with the run there. Raises UserError where other settings or `data` made it."""
     with alone(config.out):
-        _same_run(config, reader.fingerprint)
+        _same_run(config, data)
         trainer = Trainer(system, reader, config.out, config.loop, config.optim)
         if trainer.step >= config.loop.steps and (config.out / "model" / "config.json").exists():
             print(f"{config.out} is finished: {trainer.step} steps; its model is {config.out / 'model'}")
@@ -111,17 +127,18 @@ def facts(manifest: Manifest) -> DataFacts:
     )
 
 
-def _describe(system: System, reader: ShardReader, config: PretrainConfig) -> None:
+def describe(name: str, system: System, reader: ShardReader, config: RunConfig) -> None:
+    """Say what would be trained."""
     parameters = sum(parameter.numel() for parameter in system.parameters())
     costs = system.preparer().cost(reader.lengths)
-    print(f"{config.system}: {parameters:,} parameters, {system.tokenizer.size:,} words in the vocabulary")
+    print(f"{name}: {parameters:,} parameters, {system.tokenizer.size:,} words in the vocabulary")
     print(f"{len(reader):,} samples of {costs.mean():.0f} tokens on average")
     print(f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens: "
           f"{config.loop.steps * config.loop.batch_tokens / max(1, costs.sum()):.1f} epochs")
     print(f"would write to {config.out}")
 
 
-def _same_run(config: PretrainConfig, fingerprint: str) -> None:
+def _same_run(config: RunConfig, fingerprint: str) -> None:
     """Refuse to go on with a run under other settings or other data. Raises UserError naming the first difference."""
     path = config.out / "config.json"
     wanted = {**configuration.to_dict(config), "data": fingerprint}

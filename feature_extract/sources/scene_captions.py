@@ -62,7 +62,7 @@ class Caption:
 
 def words() -> tuple[str, ...]:
     """Every word the grammar can say, sorted."""
-    plurals = [_plural(shape) for shape in SHAPES]
+    plurals = [plural(shape) for shape in SHAPES]
     phrases = [*COUNTS, "an", "are", *OPENINGS, *COLORS, *SHAPES, *plurals, *TEXTURES, "and"]
     for table in (SIZE_WORDS, GROUND_PHRASES, LINKS):
         phrases += [phrase for group in table.values() for phrase in group]
@@ -116,12 +116,13 @@ def _join(units: list[list[Thing]], links: list[str], attributes: list[dict[str,
 def _noun_phrase(unit: list[Thing], attributes: dict[str, str]) -> str:
     thing, count = unit[0], len(unit)
     said = [attributes[kind] for kind in ("size", "texture") if kind in attributes]
-    rest = [*said, thing.color, thing.shape if count == 1 else _plural(thing.shape)]
+    rest = [*said, thing.color, thing.shape if count == 1 else plural(thing.shape)]
     article = COUNTS[count] if count > 1 else ("an" if rest[0][0] in "aeiou" else "a")
     return " ".join([article, *rest])
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """The name of several of a shape."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 

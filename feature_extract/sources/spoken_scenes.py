@@ -5,6 +5,7 @@
         images/<image_id>.jpg                128 x 128
         voice/<voice_recording>              16 kHz mono FLAC
         <split>_scenes.jsonl                 the truth, for evaluation only: labels, objects, ground, drowned words
+        <split>_questions.jsonl              questions about the pictures with their answers (scene_questions.py)
 
 No modality knows everything: captions leave objects out, objects are small or half hidden, words are drowned in
 noise. Splits draw from index ranges that never meet, so a larger training set leaves the test set as it is.
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feature_extract.sources import scene_captions, scene_drawing, scene_grounds, scene_speech
+from feature_extract.sources import scene_captions, scene_drawing, scene_grounds, scene_questions, scene_speech
 from feature_extract.sources.scene_captions import Caption, words
 from feature_extract.sources.scene_drawing import CLASSES, Thing
 from feature_extract.sources.scene_speech import Speech, Voice
@@ -125,7 +126,7 @@ class ScenesConfig:
 def scenes(config: ScenesConfig) -> None:
     """Write spoken scenes in the Localized Narratives layout.
 
-    Run again after a stop: finished scenes are kept. Example:
+    Run again after a stop: finished scenes are kept, and a folder from before there were questions gets them. Example:
 
         python -m opt scenes --out runs/scenes --train 4000 --val 100 --test 200 --seed 1
     """
@@ -155,7 +156,7 @@ def _claim(config: ScenesConfig) -> None:
 
 
 def _write_split(config: ScenesConfig, split: str, size: int) -> None:
-    """Media first, a line a finished scene in a journal, the two JSONL files last. A second run goes by the journal."""
+    """Media first, a line a finished scene in a journal, the JSONL files last. A second run goes by the journal."""
     journal = config.out / f".{split}_journal.jsonl"
     lines = {line["index"]: line for line in _journal_lines(journal) if _media_exist(config.out, line)}
     wanted = range(SPLITS[split], SPLITS[split] + size)
@@ -173,11 +174,14 @@ def _write_split(config: ScenesConfig, split: str, size: int) -> None:
     _write_lines(config.out / f"{split}_scenes.jsonl", [line["scene"] for line in ordered])
     narratives = [narrative for line in ordered for narrative in line["narratives"]]
     _write_lines(config.out / f"{split}_localized_narratives.jsonl", narratives)
+    questions = [question for line in ordered for question in scene_questions.ask(line["scene"])]
+    _write_lines(config.out / f"{split}_questions.jsonl", questions)
     counts = Counter(narrative["caption"] for narrative in narratives)
     shared = sum(count for count in counts.values() if count > 1)
     print(
         f"{split}: {size} scenes, {len(narratives)} narrations; "
-        f"{shared} share their caption with another ({shared / max(1, len(narratives)):.1%})"
+        f"{shared} share their caption with another ({shared / max(1, len(narratives)):.1%}); "
+        f"{len(questions)} questions, a blind guess is right in {scene_questions.blind(questions):.1%}"
     )
 
 

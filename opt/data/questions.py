@@ -28,8 +28,8 @@ from opt.files import sha256
 
 NORMALISER = "lower-case, no punctuation but within numbers, no articles, number words up to ten as digits"
 ARTICLES = {"a", "an", "the"}
-DIGITS = {word: str(value) for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
 @dataclass(frozen=True)

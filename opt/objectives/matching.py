@@ -38,5 +38,5 @@ def margin_ranking(true_M: Tensor, false_MK: Tensor, count: Tensor, margin: floa
 
 
 def soft_classes(logits_MA: Tensor, target_MA: Tensor, count: Tensor) -> Term:
-    """Binary cross-entropy of every answer against how right it is, in [0, 1], summed over answers (UNITER, gap A22)."""
+    """Binary cross-entropy of every answer against how right it is, in [0, 1], summed over answers (gap A22)."""
     return Term(F.binary_cross_entropy_with_logits(logits_MA.float(), target_MA, reduction="sum"), count)

@@ -1,0 +1,173 @@
+"""`opt finetune`: a pretrained model, shards and a task become a run; the same command again goes on with it.
+
+    model --its config names the task, heads it lacks are new--> system --the trainer of pretraining--> out/model
+
+The rows of each task are in opt/systems/opt/downstream.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from opt.checkpoint import from_pretrained
+from opt.config import UserError, read_json
+from opt.data.manifest import Manifest
+from opt.data.questions import Question, Questions, frequent_answers
+from opt.data.shards import ShardReader
+from opt.data.subset import Subset
+from opt.recipe import LoopConfig, OptimConfig
+from opt.systems.opt import OPT
+from opt.systems.opt.config import Tuning
+from opt.systems.system import DataFacts, System, build
+from pretrain.limits import check
+from pretrain.run import describe, train
+
+NEW_HEADS = ("align.", "temperature.", "answer_head.")
+"""What a task may need and a model may lack."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to tune a model for, on what, where to, and how."""
+
+    task: Positional[Literal["captioning", "retrieval-margin", "retrieval-in-batch", "vqa-classes", "vqa-words"]]
+    """captioning: write captions of pictures. retrieval-margin: rank true pairs of text and picture above false ones.
+    retrieval-in-batch: find text, picture and speech from each other. vqa-classes: answer questions from a list.
+    vqa-words: answer questions in words."""
+    model: Path
+    """Folder of a saved model, such as runs/demo/model."""
+    shards: Path
+    """Folder that `opt extract` wrote."""
+    out: Path
+    """The run's folder. The same command again goes on from its newest checkpoint."""
+    questions: Path | None = None
+    """vqa: lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards."""
+    answers: int = 3129
+    """vqa-classes: length of the list, the most frequent answers of the questions (gap A22)."""
+    given: tuple[Literal["image", "audio"], ...] = ("image",)
+    """captioning: what captions are written from."""
+    margin: float = 0.2
+    """retrieval-margin: how much likelier a true pair must be than a false one (gap A18)."""
+    alignment_width: int = 128
+    """retrieval-in-batch: width of the shared space, where the model has none yet."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=5e-5))
+    dry_run: bool = False
+    """Say what would be trained, and stop."""
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Tune a pretrained model for one use; run the same command again to go on after any stop.
+
+    The learning rate is meant for the paper's size; small models take about a third of the rate of their pretraining.
+    A linear probe needs no tuning: `opt eval classify` fits one on frozen features. Example:
+
+        opt finetune vqa-classes --model runs/demo/model --shards runs/demo/shards/train --out runs/vqa
+        --questions runs/demo/scenes/train_questions.jsonl --loop.steps 600 --optim.learning-rate 3e-4
+    """
+    _check(config)
+    start = from_pretrained(config.model)
+    if not isinstance(start, OPT):
+        raise UserError(f"{config.model} holds a model of system {start.name!r}; `opt finetune` tunes models of 'opt'")
+    reader = _reader(config, start.facts)
+    system = tuned(start, _tuning(config, start, reader), config)
+    if config.dry_run:
+        describe(config.task, system, reader, config)
+        return
+    model = read_json(config.model / "config.json")["sha256"]
+    train(system, reader, config, f"shards and questions {reader.fingerprint}, model {model}")
+
+
+def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
+    """The same model with the task in its configuration; heads that it lacks are new, seeded by the loop's seed."""
+    model = dataclasses.replace(start.config, tuning=tuning)
+    if config.task == "retrieval-in-batch" and start.align is None:
+        model = dataclasses.replace(model, alignment_weight=1.0, alignment_width=config.alignment_width)
+    torch.manual_seed(config.loop.seed)
+    system = build("opt", model, start.tokenizer, start.facts)
+    same_list = tuning.answers == start.config.tuning.answers
+    kept = {name: weight for name, weight in start.state_dict().items()
+            if same_list or not name.startswith("answer_head.")}
+    missing, unexpected = system.load_state_dict(kept, strict=False)
+    assert not unexpected and all(name.startswith(NEW_HEADS) for name in missing), (missing, unexpected)
+    if missing:
+        heads = sorted({name.partition(".")[0] for name in missing})
+        answers = f", over {len(tuning.answers):,} answers" if "answer_head" in heads else ""
+        print(f"new in this model: {', '.join(heads)}{answers}")
+    return system
+
+
+def _check(config: FinetuneConfig) -> None:
+    """Raises UserError for settings that the task cannot use."""
+    check(config.loop)
+    check(config.optim)
+    if config.task.startswith("vqa") and config.questions is None:
+        raise UserError(f"{config.task} needs --questions: lines of questions and answers about the pictures")
+    if not config.task.startswith("vqa") and config.questions is not None:
+        raise UserError(f"{config.task} reads no --questions; leave them out, or choose vqa-classes or vqa-words")
+    if config.answers < 1 or config.alignment_width < 1:
+        raise UserError(f"--answers {config.answers} --alignment-width {config.alignment_width}: must be at least 1")
+    if not 0 <= config.margin < 1:
+        raise UserError(f"--margin {config.margin} must be at least 0 and below 1: it is a distance of probabilities")
+    if not config.given or len(set(config.given)) < len(config.given):
+        raise UserError(f"--given {' '.join(config.given)}: name image, audio or both, each once")
+
+
+def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
+    """The samples, or questions, that the task can use; says how many it cannot. Raises UserError when none is left."""
+    whole = ShardReader(config.shards)
+    same_features(whole.manifest, facts, config.shards)
+    if config.questions is not None:
+        questions = Questions(whole, config.questions, answered=True)
+        if questions.left_out:
+            print(questions.left_out)
+        return questions
+    sizes = whole.lengths
+    has = {"text": sizes.words > 0, "image": sizes.regions > 0, "audio": sizes.frames > 0}
+    if config.task == "retrieval-in-batch":
+        useful, need = np.sum(list(has.values()), axis=0) >= 2, "two of text, picture and speech"
+    else:
+        needed = ("text", *(config.given if config.task == "captioning" else ("image",)))
+        useful, need = np.all([has[name] for name in needed], axis=0), " and ".join(needed)
+    if not useful.any():
+        raise UserError(f"{config.shards} holds no sample with {need}, which {config.task} needs")
+    if not useful.all():
+        print(f"{(~useful).sum():,} of {len(whole):,} samples lack {need}: left out")
+    return Subset(whole, np.flatnonzero(useful))
+
+
+def _tuning(config: FinetuneConfig, start: OPT, reader: ShardReader) -> Tuning:
+    """The task and its settings; the list of answers stays the model's own unless this task makes one."""
+    answers = start.config.tuning.answers
+    if config.task == "vqa-classes":
+        assert isinstance(reader, Questions)
+        answers = frequent_answers(reader.questions, config.answers)
+        print(_coverage(reader.questions, answers))
+    return Tuning(config.task, config.given, config.margin, answers)
+
+
+def _coverage(questions: list[Question], answers: tuple[str, ...]) -> str:
+    known = set(answers)
+    covered = sum(bool(known.intersection(question.answers)) for question in questions)
+    return f"{len(answers):,} answers cover {covered:,} of {len(questions):,} questions"
+
+
+def same_features(manifest: Manifest, facts: DataFacts, folder: Path) -> None:
+    """Raises UserError where shards hold other features than those a model of `facts` reads."""
+    for kind, about in manifest.extractors.items():
+        trained = facts.extractors.get(kind, about)
+        for name in ("weights_sha256", "settings"):
+            if trained.get(name) != about.get(name):
+                raise UserError(f"{folder}: its {kind} come from another extractor than those the model was trained on "
+                                f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training")
+    for kind, width in (("regions", "region_width"), ("audio", "speech_width")):
+        here, wanted = getattr(manifest, width), getattr(facts, width)
+        if here not in (0, wanted):
+            raise UserError(f"{folder}: its {kind} are {here} numbers wide, the model reads {wanted}")
