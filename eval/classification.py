@@ -1,7 +1,7 @@
 """Linear probe: what can be read off frozen features of every subset of text, image and audio, as mAP.
 
     train shards --system.features--> (N, D) --logistic regression, L2 by a held-out part--> scores of test shards
-                                                                              scores --> mean average precision
+                 \\--raw features (baseline)--/                              scores --> mean average precision
 
 All classes of one subset and all strengths of L2 are fitted at once, full batch. Shape legend: N samples, D feature
 width, C classes, P strengths, S bootstrap resamples.
@@ -10,21 +10,30 @@ width, C classes, P strengths, S bootstrap resamples.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from eval.metrics import interval, mean_average_precision, resample_counts
 from eval.naming import read_labels
+from eval.raw_features import raw_features, vocabulary
 from eval.result import Metric
 from eval.task import EvalConfig, Split, Task, open_split, open_task
 from opt.config import UserError
 from opt.systems.system import MODALITIES
 
 SUBSETS = tuple(subset for size in (1, 2, 3) for subset in combinations(MODALITIES, size))
+BASELINES = {
+    ("text",): "bag_of_words",
+    ("image",): "regions_mean",
+    ("audio",): "frames_mean",
+    ("image", "audio"): "regions_frames_mean",
+    MODALITIES: "all_raw",
+}
+"""Subsets whose raw features, side by side, are probed too, and what they are called in metrics."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT_SHARE = 0.2
 STEPS = 100
@@ -40,6 +49,68 @@ class ClassifyConfig(EvalConfig):
     """Files of lines {"image_id": ..., "labels": [...]} that between them cover both folders of shards."""
     train_limit: int = 2000
     """Fit on at most so many samples."""
+
+
+class Score(NamedTuple):
+    """mAP of one kind of features: the value and that of every bootstrap resample (S,)."""
+
+    value: float
+    draws: np.ndarray
+
+    def metric(self, name: str, **about: Any) -> Metric:
+        return Metric(name, self.value, interval=interval(self.draws, self.value), **about)
+
+    def minus(self, other: Score) -> Score:
+        """The paired difference: both must come from the same `Exam`."""
+        return Score(self.value - other.value, self.draws - other.draws)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Samples to learn from and others to be judged on: the same for all kinds of features, so that they compare."""
+
+    train: Split
+    test: Split
+    train_numbers: np.ndarray
+    test_numbers: np.ndarray
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+    """(N, C) bool, as `train_labels`; the columns are `classes`."""
+    classes: tuple[str, ...]
+    modalities: tuple[str, ...]
+    """Those that both folders know; every sample has all of them."""
+    resamples: np.ndarray
+    """How often each test sample counts in each bootstrap resample, (S, N)."""
+    seed: int
+
+    def judge(self, scores_NC: np.ndarray) -> Score:
+        """mAP of scores for the test samples, on the same resamples of pictures each time."""
+        value = float(mean_average_precision(scores_NC, self.test_labels))
+        return Score(value, mean_average_precision(scores_NC, self.test_labels, self.resamples))
+
+    def probe(self, fitted_ND: np.ndarray, judged_ND: np.ndarray) -> Score:
+        """Fit on features of the training samples and judge those of the test samples.
+
+        The strength of L2 is the one that does best on a held-out part of the training pictures.
+        """
+        mean, spread = fitted_ND.mean(0), fitted_ND.std(0) + 1e-5
+        fitted_ND, judged_ND = (fitted_ND - mean) / spread, (judged_ND - mean) / spread
+        pictures = np.random.default_rng(self.seed).random(self.train.groups.max() + 1)
+        held = pictures[self.train.groups[self.train_numbers]] < HELD_OUT_SHARE
+        tried = fit(fitted_ND[~held], self.train_labels[~held], STRENGTHS)
+        judgements = [mean_average_precision(logits(fitted_ND[held], one), self.train_labels[held]) for one in tried]
+        best = STRENGTHS[int(np.argmax(judgements))]
+        return self.judge(logits(judged_ND, fit(fitted_ND, self.train_labels, (best,))[0]))
+
+    def about(self) -> dict[str, Any]:
+        """The protocol, for metrics."""
+        present = self.test_labels.any(0).sum()
+        candidates = f"{present} of {len(self.classes)} classes occur; {len(self.train_numbers)} training samples"
+        return {
+            "n": len(self.test_numbers),
+            "candidates": candidates,
+            "normaliser": "macro over classes with a positive, step-wise average precision",
+        }
 
 
 def classify(config: ClassifyConfig) -> None:
@@ -59,60 +130,94 @@ def classify(config: ClassifyConfig) -> None:
 
 
 def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tuple[list[Metric], dict[str, str]]:
-    """mAP of every subset with intervals, gains of all modalities over each one, and what is absent.
+    """mAP of every subset and of raw features, the paired gains between them, and what is absent.
 
-    The same samples serve all subsets: those that have every modality the shards know. Raises UserError without labels.
+    The same samples serve all of them: those that have every modality the shards know. Raises UserError without labels.
     """
-    known = tuple(name for name in MODALITIES if task.split.has[name].any() and train.has[name].any())
+    exam = open_exam(train, task.split, labels, task.provenance.seed)
+    found = {subset: probe(task, exam, subset) for subset in SUBSETS if set(subset) <= set(exam.modalities)}
+    raw, absent = _baselines(exam)
+    about = exam.about()
+    positives = float(exam.test_labels[:, exam.test_labels.any(0)].mean())
+    level: dict[str, Any] = {"chance": positives, "chance_method": "share of positives"}
+    metrics = [
+        score.metric(f"classify.map.{'_'.join(subset)}", modalities=subset, **level, **about)
+        for subset, score in found.items()
+    ]
+    metrics += [
+        score.metric(f"classify.baseline.{BASELINES[subset]}", modalities=subset, **level, **about)
+        for subset, score in raw.items()
+    ]
+    absent |= {
+        f"classify.map.{'_'.join(subset)}": f"the shards lack {', '.join(sorted(set(subset) - set(exam.modalities)))}"
+        for subset in SUBSETS
+        if subset not in found
+    }
+    return metrics + _gains(found, raw, about), absent
+
+
+def open_exam(train: Split, test: Split, labels: dict[str, frozenset[str]], seed: int) -> Exam:
+    """Samples of both splits with labels and all modalities. Raises UserError when there are none, or shared ones."""
+    known = tuple(name for name in MODALITIES if test.has[name].any() and train.has[name].any())
     classes = sorted({label for key in train.keys for label in labels.get(key, ())})
-    sides = [_labelled(split, known, labels, classes) for split in (train, task.split)]
+    sides = [_labelled(split, known, labels, classes) for split in (train, test)]
     (train_numbers, train_labels), (test_numbers, test_labels) = sides
-    shared = set(train.keys) & set(task.split.keys)
+    shared = set(train.keys) & set(test.keys)
     if shared:
         raise UserError(f"{len(shared)} pictures are in both folders of shards (such as {min(shared)!r}): give others")
-    groups = np.unique(task.split.groups[test_numbers], return_inverse=True)[1]
-    weights_SN = resample_counts(groups, task.provenance.seed)
-    found: dict[tuple[str, ...], tuple[float, np.ndarray]] = {}
-    for subset in SUBSETS:
-        if set(subset) <= set(known):
-            scores_NC = _probe(task, train, subset, train_numbers, train_labels, test_numbers)
-            value = float(mean_average_precision(scores_NC, test_labels))
-            found[subset] = value, mean_average_precision(scores_NC, test_labels, weights_SN)
-    present = test_labels.any(0)
-    about: dict[str, Any] = {
-        "n": len(test_numbers),
-        "candidates": f"{present.sum()} of {len(classes)} classes occur; {len(train_numbers)} training samples",
-        "normaliser": "macro over classes with a positive, step-wise average precision",
-    }
-    chance = float(test_labels[:, present].mean())
-    metrics = [
-        Metric(
-            f"classify.map.{'_'.join(subset)}", value, interval=interval(draws, value), chance=chance,
-            chance_method="share of positives", modalities=subset, **about,
+    resamples = resample_counts(np.unique(test.groups[test_numbers], return_inverse=True)[1], seed)
+    return Exam(
+        train, test, train_numbers, test_numbers, train_labels, test_labels, tuple(classes), known, resamples, seed
+    )
+
+
+def probe(task: Task, exam: Exam, subset: tuple[str, ...]) -> Score:
+    """The model's features of `subset`, probed."""
+
+    def features(samples: list) -> torch.Tensor:
+        return task.system.features(samples, subset)
+
+    name = " + ".join(subset)
+    fitted_ND = task.tensor(exam.train_numbers, features, f"features of {name}, training", exam.train)
+    return exam.probe(fitted_ND, task.tensor(exam.test_numbers, features, f"features of {name}"))
+
+
+def _baselines(exam: Exam) -> tuple[dict[tuple[str, ...], Score], dict[str, str]]:
+    """Raw features probed, by subset, and the absent ones with reasons: those that some sample lacks."""
+    columns = vocabulary(exam.train.captions[number] for number in exam.train_numbers)
+    sides = [
+        [raw_features(split.sample(int(number)), columns) for number in numbers]
+        for split, numbers in ((exam.train, exam.train_numbers), (exam.test, exam.test_numbers))
+    ]
+    found: dict[tuple[str, ...], Score] = {}
+    absent: dict[str, str] = {}
+    for subset, name in BASELINES.items():
+        lacking = sum(not set(subset) <= set(vectors) for side in sides for vectors in side)
+        if lacking:
+            absent[f"classify.baseline.{name}"] = f"{lacking} samples lack such features"
+            continue
+        fitted_ND, judged_ND = (
+            np.stack([np.concatenate([vectors[part] for part in subset]) for vectors in side]) for side in sides
         )
-        for subset, (value, draws) in found.items()
-    ]  # fmt: skip
-    absent = {f"classify.map.{'_'.join(subset)}": f"the shards lack {', '.join(sorted(set(subset) - set(known)))}"
-              for subset in SUBSETS if subset not in found}  # fmt: skip
-    return metrics + _gains(found, about), absent
+        found[subset] = exam.probe(fitted_ND, judged_ND)
+    return found, absent
 
 
-def _gains(found: dict[tuple[str, ...], tuple[float, np.ndarray]], about: dict[str, Any]) -> list[Metric]:
-    """All modalities minus each one alone, with intervals of the paired difference over the same resamples."""
-    if MODALITIES not in found:
-        return []
-    all_value, all_draws = found[MODALITIES]
-    lone = {name: found[name,] for name in MODALITIES}
+def _gains(
+    found: dict[tuple[str, ...], Score], raw: dict[tuple[str, ...], Score], about: dict[str, Any]
+) -> list[Metric]:
+    """Paired differences: all three over each one, each modality added to one or two others, the model over raw."""
+    note = "paired difference of mAP over the same resamples"
+    pairs = [(f"gain_over.{name}", MODALITIES, found[name,]) for name in MODALITIES if MODALITIES in found]
+    pairs += [
+        (f"gain.{'_'.join(more)}_over_{'_'.join(less)}", more, found[less])
+        for more, less in product(found, found)
+        if set(less) < set(more) and len(less) == len(more) - 1
+    ]
+    pairs += [(f"gain.{'_'.join(subset)}_over_{BASELINES[subset]}", subset, score) for subset, score in raw.items()]
     return [
-        Metric(
-            f"classify.gain_over.{name}",
-            all_value - value,
-            interval=interval(all_draws - draws, all_value - value),
-            modalities=MODALITIES,
-            note="paired difference of mAP over the same resamples",
-            **about,
-        )
-        for name, (value, draws) in lone.items()
+        found[more].minus(less).metric(f"classify.{name}", modalities=more, note=note, **about)
+        for name, more, less in pairs
     ]
 
 
@@ -130,27 +235,6 @@ def _labelled(
     if not table.any():
         raise UserError("the two folders of shards share no class of objects, so nothing can be learned")
     return numbers, table
-
-
-def _probe(
-    task: Task, train: Split, subset: tuple[str, ...], train_numbers: np.ndarray, labels: np.ndarray, test: np.ndarray
-) -> np.ndarray:
-    """Scores (N, C) of the test samples by the probe with the strength of L2 that does best on held-out pictures."""
-
-    def features(samples: list) -> torch.Tensor:
-        return task.system.features(samples, subset)
-
-    name = " + ".join(subset)
-    fitted = task.tensor(train_numbers, features, f"features of {name}, training", train)
-    judged = task.tensor(test, features, f"features of {name}")
-    mean, spread = fitted.mean(0), fitted.std(0) + 1e-5
-    fitted, judged = (fitted - mean) / spread, (judged - mean) / spread
-    pictures = np.random.default_rng(task.provenance.seed).random(train.groups.max() + 1)
-    held = pictures[train.groups[train_numbers]] < HELD_OUT_SHARE
-    tried = fit(fitted[~held], labels[~held], STRENGTHS)
-    judgements = [float(mean_average_precision(logits(fitted[held], one), labels[held])) for one in tried]
-    best = STRENGTHS[int(np.argmax(judgements))]
-    return logits(judged, fit(fitted, labels, (best,))[0])
 
 
 def fit(features_ND: np.ndarray, labels_NC: np.ndarray, strengths: tuple[float, ...]) -> np.ndarray:

@@ -33,6 +33,7 @@ DIRECTIONS = {
     "text_audio_to_image": (("text", "audio"), "image"),
 }
 DEPTHS = (1, 5, 10)
+GAIN = "retrieval.gain.text_audio_over_text"
 CHUNK = 1024
 DECIMALS = 5
 """Scores are compared after rounding: the same caption in another batch differs in the last bits, and is a tie."""
@@ -92,10 +93,11 @@ def measure(task: Task, config: RetrievalConfig) -> tuple[list[Metric], dict[str
     metrics: list[Metric] = []
     absent: dict[str, str] = {}
     examples: list[dict[str, Any]] = []
+    searches: dict[str, Search] = {}
     embeddings, matching = Embeddings(task), Matching(task)
     for direction, (given, sought) in DIRECTIONS.items():
         try:
-            search = _search(task, config, embeddings, given, sought)
+            search = searches[direction] = _search(task, config, embeddings, given, sought)
         except LookupError as error:
             absent[f"retrieval.{direction}"] = str(error)
             continue
@@ -108,6 +110,10 @@ def measure(task: Task, config: RetrievalConfig) -> tuple[list[Metric], dict[str
             metrics += _recalls(task, config, direction, "_reranked", search, reranked, about)
         if direction == "text_to_image":
             examples = _examples(task, search)
+    if reason := absent.get("retrieval.text_audio_to_image") or absent.get("retrieval.text_to_image"):
+        absent[GAIN] = reason
+    else:
+        metrics += _gains(task, config, searches["text_audio_to_image"], searches["text_to_image"])
     if not metrics:
         raise UserError("nothing to search: " + "; ".join(sorted(set(absent.values()))))
     return metrics, absent, examples
@@ -222,6 +228,25 @@ def _recalls(
             chance=chance_recall(positives, len(search.candidates), depth),
             chance_method="random order",
             **about,
+        )
+        for depth in DEPTHS
+    ]
+
+
+def _gains(task: Task, config: RetrievalConfig, both: Search, text: Search) -> list[Metric]:
+    """Recall of the picture by caption and recording minus recall by the caption alone, same queries (OPT, Table 3)."""
+    queries = np.intersect1d(both.queries, text.queries)
+    ranks_with, ranks_without = (search.ranks[np.isin(search.queries, queries)] for search in (both, text))
+    return [
+        measured(
+            f"{GAIN}.r{depth}",
+            (ranks_with <= depth).astype(np.float64) - (ranks_without <= depth),
+            config.seed,
+            groups=task.split.groups[queries],
+            modalities=("text", "audio", "image"),
+            direction="text + audio -> image, minus text -> image",
+            candidates=f"{len(both.candidates)} distinct pictures",
+            note="paired difference over the same queries",
         )
         for depth in DEPTHS
     ]

@@ -31,6 +31,16 @@ WORDS = {
     "text_to_image.object_found_true_codes": "the same in the true picture, decoded from its codes",
     "text_to_image.object_found_real": "the same in the true picture",
 }
+GAINS = {
+    "retrieval.gain.text_audio_over_text.r1": "R@1 of the picture, by text + audio − by text",
+    "retrieval.gain.text_audio_over_text.r5": "R@5",
+    "retrieval.gain.text_audio_over_text.r10": "R@10",
+    "transcribe.wer_gain.image": "speech alone − speech and picture",
+    **{f"classify.gain_over.{name}": f"all three − {name} alone" for name in ("text", "image", "audio")},
+}
+"""Paired differences, in words."""
+RAW = {"text": "words, counted", "image": "regions, mean", "audio": "frames, mean"}
+"""Raw features that are probed without any model."""
 SAMPLES = 12
 """Cards in the gallery; the result files hold more."""
 
@@ -69,14 +79,36 @@ def figures(metrics: Sequence[Metric], labels: Mapping[str, str] = WORDS) -> Mar
     return table(["", "", "", "95 % interval", "chance", "n"], rows)
 
 
+def gains(metrics: Sequence[Metric], labels: Mapping[str, str]) -> Markup:
+    """One row a paired difference, in points: words, value, dot on a line with nought in the middle, interval."""
+    reach = max([abs(end) for gain in metrics for end in gain.interval or ()], default=1.0) or 1.0
+    rows = [
+        element(
+            "tr",
+            element("td", labels.get(gain.name, gain.name)),
+            element("td", element("b", points(gain.value))),
+            element("td", difference(gain.value, gain.interval or (gain.value, gain.value), reach)),
+            element("td", percent_range(gain.interval)),
+        )
+        for gain in metrics
+    ]
+    return table(["", "", "", "95 % interval, paired"], rows)
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * share:+.1f}"
+
+
 def retrieval(run: Run) -> Markup | None:
     """Recall by direction, by alignment and re-ranked, then a few searches as pictures."""
     result = run.results.get("retrieval")
     if result is None:
         return None
     rows = []
-    found = {metric.name: metric for metric in result.metrics}
-    for first in (metric for metric in result.metrics if metric.name.endswith((".r1", ".r1_reranked"))):
+    found = {metric.name: metric for metric in result.metrics if metric.name not in GAINS}
+    more = [metric for metric in result.metrics if metric.name in GAINS]
+    for first in (metric for metric in found.values() if metric.name.endswith((".r1", ".r1_reranked"))):
         reranked = first.name.endswith("_reranked")
         base, suffix = first.name.rsplit(".", 1)[0], "_reranked" if reranked else ""
         deeper = [found[f"{base}.r{depth}{suffix}"] for depth in (5, 10)]
@@ -110,14 +142,20 @@ def retrieval(run: Run) -> Markup | None:
                 "candidate among the first k; equal scores share their rank.", class_="hint"),
         table(["", "R@1", "", "95 % interval", "R@5", "R@10", "chance", "queries"], rows),
         element("p", f"{coinciding}, so that nobody could tell them apart.", class_="hint") if coinciding else None,
+        [element("h3", "What the recording adds to the caption, in points"), gains(more, GAINS)] if more else None,
         shown if searches else None,
     ])  # fmt: skip
 
 
 def transcription(run: Run) -> Markup | None:
     """Word error rates."""
-    return _plain(run, "transcribe", "Lower is better. The text is written by the decoder; chance is handing each "
-                  "recording the caption of another picture.")  # fmt: skip
+    section = _plain(run, "transcribe", "Lower is better. The text is written by the decoder; chance is handing each "
+                     "recording the caption of another picture.")  # fmt: skip
+    if section is None:
+        return None
+    more = [metric for metric in run.results["transcribe"].metrics if metric.name in GAINS]
+    heading = element("h3", "What the picture spares, in points of word error rate")
+    return joined([section, heading, gains(more, GAINS)]) if more else section
 
 
 def captions(run: Run) -> Markup | None:
@@ -129,7 +167,8 @@ def _plain(run: Run, task: str, hint: str) -> Markup | None:
     result = run.results.get(task)
     if result is None or not result.metrics:
         return None
-    return joined([element("h2", TITLES[task]), element("p", hint, class_="hint"), figures(result.metrics)])
+    return joined([element("h2", TITLES[task]), element("p", hint, class_="hint"), 
+                   figures([metric for metric in result.metrics if metric.name not in GAINS])])
 
 
 def gallery(run: Run) -> Markup | None:
@@ -206,24 +245,44 @@ def probe(run: Run) -> Markup | None:
     result = run.results.get("classify")
     if result is None or not result.metrics:
         return None
-    scores = [metric for metric in result.metrics if metric.name.startswith("classify.map.")]
-    gains = [metric for metric in result.metrics if metric.name.startswith("classify.gain_over.")]
-    reach = max([abs(end) for gain in gains for end in gain.interval or ()], default=1.0) or 1.0
-    rows = [
-        element(
-            "tr",
-            element("td", f"all three − {gain.name.rpartition('.')[2]} alone"),
-            element("td", element("b", f"{100 * gain.value:+.1f}")),
-            element("td", difference(gain.value, gain.interval or (gain.value, gain.value), reach)),
-            element("td", percent_range(gain.interval)),
-        )
-        for gain in gains
-    ]
+    scores, raw, over, added = (
+        [metric for metric in result.metrics if metric.name.startswith(f"classify.{kind}.")]
+        for kind in ("map", "baseline", "gain_over", "gain")
+    )
+    labels = {metric.name: " + ".join(metric.modalities) for metric in scores}
+    labels |= {metric.name: f"no model: {_raw(metric)}" for metric in raw}
     return joined([
         element("h2", TITLES["classify"]),
         element("p", "Mean average precision of a linear classifier on frozen features: which objects are in the "
                 f"picture? {scores[0].candidates}.", class_="hint"),
-        figures(scores, {metric.name: " + ".join(metric.modalities) for metric in scores}),
-        [element("h3", "What all three know beyond one, in points"),
-         table(["", "", "", "95 % interval, paired"], rows)] if gains else None,
+        figures([*scores, *raw], labels),
+        [element("h3", "What all three know beyond one, in points"), gains(over, GAINS)] if over else None,
+        _added(added) if added else None,
+    ])  # fmt: skip
+
+
+def _raw(metric: Metric) -> str:
+    """The raw features of a baseline in words."""
+    return " + ".join(RAW[modality] for modality in metric.modalities)
+
+
+def _added(metrics: Sequence[Metric]) -> Markup:
+    """What each modality adds to each choice of the others, one row a modality; the model over raw features below."""
+    models: list[Metric] = []
+    cells: dict[str, list[Markup]] = {}
+    for metric in metrics:
+        less = metric.name.partition("_over_")[2].split("_")
+        if not set(less) < set(metric.modalities):
+            models.append(metric)
+            continue
+        (new,) = set(metric.modalities).difference(less)
+        value = element("b", points(metric.value))
+        ends = element("span", percent_range(metric.interval), class_="range")
+        cells.setdefault(new, []).append(element("td", f"to {' + '.join(less)}: ", value, ends))
+    rows = [element("tr", element("td", f"+ {name}"), row) for name, row in cells.items()]
+    labels = {metric.name: f"{' + '.join(metric.modalities)} − {_raw(metric)}" for metric in models}
+    more = element("h3", "What the model adds to its raw features, in points")
+    return joined([
+        [element("h3", "What each modality adds, in points"), table(["", "", "", ""], rows)] if rows else None,
+        [more, gains(models, labels)] if models else None,
     ])  # fmt: skip

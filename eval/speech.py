@@ -1,10 +1,12 @@
 """Transcription: what is said in a recording, by the text decoder, from sound alone and from picture and sound.
 
 recordings --system.generate_text--> hypotheses --normalise, align words--> errors / reference words (corpus WER)
+                                          \\--> transcripts.jsonl, a line a recording
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,13 @@ from eval.result import Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
 from opt.config import UserError
 from opt.data.record import Sample
+from opt.files import write_atomic
 from opt.systems.system import Sampling
 
 GIVEN = {"transcribe.wer": ("audio",), "transcribe.wer_image_audio": ("image", "audio")}
+GAIN = "transcribe.wer_gain.image"
+TRANSCRIPTS = "transcripts.jsonl"
+"""In the results' folder: {"sample": number in the shards, "key", "reference", and a hypothesis by what was given}."""
 
 
 @dataclass
@@ -53,6 +59,11 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
         texts = _transcripts(task, given, some)
         hypotheses[given] = dict(zip(some.tolist(), texts, strict=True))
         metrics.append(_word_error_rate(task, name, given, some, references, hypotheses[given], dropped))
+    if len(hypotheses) == len(GIVEN):
+        metrics.append(_gain_of_picture(task, references, hypotheses, dropped))
+    else:
+        absent[GAIN] = "the shards hold no picture with speech"
+    _write_transcripts(task, spoken, hypotheses)
     shown = task.split.one_a_picture(spoken)[:EXAMPLES]
     return metrics, absent, [_example(task, int(number), hypotheses) for number in shown]
 
@@ -94,6 +105,44 @@ def _word_error_rate(
         normaliser=NORMALISER,
         note=f"{dropped} recordings without words left out; greedy decoding" if dropped else "greedy decoding",
     )
+
+
+def _gain_of_picture(
+    task: Task, references: dict[int, str], hypotheses: dict[tuple[str, ...], dict[int, str]], dropped: int
+) -> Metric:
+    """Corpus WER from sound alone minus that from picture and sound, on the recordings with a picture (OPT, Table 4).
+
+    The difference of two ratios over the same words is the ratio of the differences, so its interval is paired.
+    """
+    numbers = np.array(list(hypotheses["image", "audio"]), np.int64)
+    words = np.array([len(references[number].split()) for number in numbers])
+    alone, both = (
+        np.array([word_errors(references[number], normalise(hypotheses[given][number])) for number in numbers])
+        for given in GIVEN.values()
+    )
+    note = "paired difference over the same recordings"
+    return measured(
+        GAIN,
+        alone - both,
+        task.provenance.seed,
+        sizes=words,
+        groups=task.split.groups[numbers],
+        modalities=("image", "audio"),
+        direction="audio -> text, minus image + audio -> text",
+        normaliser=NORMALISER,
+        note=f"{note}; {dropped} recordings without words left out" if dropped else note,
+    )
+
+
+def _write_transcripts(task: Task, numbers: np.ndarray, hypotheses: dict[tuple[str, ...], dict[int, str]]) -> None:
+    """Every hypothesis as it was written, before normalisation."""
+    lines = []
+    for number in numbers.tolist():
+        written = {" + ".join(given): texts[number] for given, texts in hypotheses.items() if number in texts}
+        heard = {"sample": number, "key": task.split.keys[number], "reference": task.split.captions[number]}
+        lines.append(json.dumps(heard | written, ensure_ascii=False) + "\n")
+    task.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(task.folder / TRANSCRIPTS, "".join(lines).encode())
 
 
 def _example(task: Task, number: int, hypotheses: dict[tuple[str, ...], dict[int, str]]) -> dict[str, Any]:
