@@ -62,6 +62,7 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
     asked = [task.split.sample(number) for number in range(len(task.split))]
     lines = [{"image_id": sample.key, "question": sample.caption, "answer": answer, "answers": sample.answers}
              for sample, answer in zip(asked, answers, strict=True)]
+    task.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(task.folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     metrics, absent = [], {}
     given = [sample.answers for sample in asked]

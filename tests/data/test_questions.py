@@ -1,0 +1,113 @@
+"""Questions beside shards: one sample a question, found by key; what cannot be used is counted, what is wrong named."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures import fake_sample, fake_shards
+
+from opt.config import UserError
+from opt.data.questions import Questions, frequent_answers, normalise, read_questions
+from opt.data.shards import ShardReader
+from opt.data.subset import Subset
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
+    samples = [fake_sample(number, regions=number != 5) for number in range(20)]
+    return fake_shards(tmp_path_factory.mktemp("shards"), samples)
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def line(image_id: object, question: str = "what color?", *answers: str) -> dict[str, object]:
+    return {"image_id": image_id, "question": question, "answers": list(answers)}
+
+
+def test_a_question_is_a_sample_with_its_records_picture(shards: ShardReader, tmp_path: Path) -> None:
+    path = write(tmp_path / "q", line("sample18", "which, one?", "A Red."), line("sample3", "how many", "two", "2", "3"),
+                 {"image_id": "sample3", "question": "never answered"})
+    questions = Questions(shards, path, answered=False)
+    assert len(questions) == 3 and not questions.left_out
+    samples = [questions.sample(number) for number in range(3)]
+    assert [(sample.key, sample.caption, sample.answers) for sample in samples] == [
+        ("sample3", "how many", ("2", "2", "3")), ("sample3", "never answered", ()),
+        ("sample18", "which, one?", ("red",)),
+    ]
+    assert all(sample.speech is None for sample in samples)
+    regions = shards.sample(18).pictures[0].regions
+    assert samples[2].pictures[0].regions is not None and np.array_equal(samples[2].pictures[0].regions, regions)
+    assert questions.lengths.words.tolist() == [2, 2, 4] and not questions.lengths.frames.any()
+    assert questions.lengths.regions[2] == len(regions)
+    assert list(questions.captions()) == ["how many", "never answered", "which, one?"]
+    assert list(questions.keys()) == ["sample3", "sample3", "sample18"]
+    again = pickle.loads(pickle.dumps(questions))
+    assert again.fingerprint == questions.fingerprint != shards.fingerprint
+    assert again.sample(2).answers == ("red",)
+    with pytest.raises(IndexError):
+        questions.sample(3)
+
+
+def test_what_cannot_be_used_is_counted_and_named(shards: ShardReader, tmp_path: Path) -> None:
+    path = write(tmp_path / "q", line("nowhere", "a?", "b"), line("sample5", "a?", "b"), line("sample6", "a?"),
+                 line("sample7", "a?", "b"))
+    questions = Questions(shards, path, answered=True)
+    assert len(questions) == 1 and questions.sample(0).key == "sample7"
+    assert "of 4 questions" in questions.left_out
+    assert "1 ask about pictures that these shards do not hold, such as 'nowhere'" in questions.left_out
+    assert "1 ask about a record without a picture" in questions.left_out and "1 have no answer" in questions.left_out
+    with pytest.raises(UserError, match="no question can be used.*such as 'nowhere'"):
+        Questions(shards, write(tmp_path / "q", line("nowhere")), answered=False)
+
+
+def test_ids_become_keys_as_extraction_makes_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "q", line(262148, "a?"), line("train/000.jpg", "a?"))
+    assert [question.key for question in read_questions(path)] == ["262148", "train-000-jpg"]
+
+
+@pytest.mark.parametrize("bad", ['{"image_id": "a"}', "nonsense", '{"image_id": "a", "question": " "}', "[]",
+                                 '{"image_id": "a", "question": "b", "answers": "red"}',
+                                 '{"image_id": null, "question": "b"}'])
+def test_a_bad_line_is_named(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(line("a", "b", "c")) + f"\n\n{bad}\n")
+    with pytest.raises(UserError, match="line 3"):
+        read_questions(path)
+
+
+def test_no_file_and_no_questions_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_questions(tmp_path / "none")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(UserError, match="holds no questions"):
+        read_questions(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("answer", "plain"), [
+    ("The Red Circle.", "red circle"), ("Two", "2"), ("none", "0"), ("2.5", "2.5"), ("don't know", "dont know"),
+    ("yes!", "yes"), ("a", "a"), ("black-and-white", "black and white"), ("ten, or 11", "10 or 11"),
+])
+def test_answers_are_normalised(answer: str, plain: str) -> None:
+    assert normalise(answer) == plain
+
+
+def test_the_most_frequent_answers_come_first_and_equals_by_the_alphabet(tmp_path: Path) -> None:
+    path = write(tmp_path / "q", line("a", "?", "red", "red", "blue"), line("a", "?", "green", "a red"))
+    questions = read_questions(path)
+    assert frequent_answers(questions, 9) == ("red", "blue", "green")
+    assert frequent_answers(questions, 2) == ("red", "blue")
+
+
+def test_a_subset_reads_as_the_whole_does(shards: ShardReader) -> None:
+    subset = Subset(shards, np.array([17, 2, 2]))
+    assert [subset.sample(number).key for number in range(len(subset))] == ["sample2", "sample2", "sample17"]
+    assert list(subset.keys()) == ["sample2", "sample2", "sample17"]
+    assert list(subset.captions()) == [shards.sample(number).caption for number in (2, 2, 17)]
+    assert np.array_equal(subset.key_hash, shards.key_hash[[2, 2, 17]])
+    assert np.array_equal(subset.lengths.words, shards.lengths.words[[2, 2, 17]])
+    assert pickle.loads(pickle.dumps(subset)).sample(2).key == "sample17"

@@ -1,0 +1,56 @@
+"""VQA accuracy against hand-worked examples, and the verb's figures on a system whose answers are known."""
+
+import dataclasses
+import json
+
+import pytest
+
+from eval.vqa import VQAConfig, accuracy, kind, measure, vqa
+from opt.config import UserError
+
+
+@pytest.mark.parametrize(("answer", "annotators", "wanted"), [
+    ("red", ["red"], 1.0),
+    ("a Red!", ["red"], 1.0),
+    ("blue", ["red"], 0.0),
+    ("red", ["red"] * 10, 1.0),
+    ("red", ["red"] * 4 + ["blue"] * 6, 1.0),
+    # three said it: leaving out one of them (3 times) two agree, 2/3; leaving out another (7 times) three agree, 1
+    ("red", ["red"] * 3 + ["blue"] * 7, (3 * 2 / 3 + 7) / 10),
+    ("red", ["red"] * 2 + ["blue"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+    ("red", ["red"] + ["blue"] * 9, (0 + 9 * 1 / 3) / 10),
+    ("green", ["red"] * 3 + ["blue"] * 7, 0.0),
+    # fewer than four annotators: all the others must agree
+    ("red", ["red", "red"], 1.0),
+    ("red", ["red", "blue"], 0.5),
+    ("red", ["red", "red", "blue"], (1 / 2 + 1 / 2 + 1) / 3),
+])  # fmt: skip
+def test_accuracy_by_hand(answer: str, annotators: list[str], wanted: float) -> None:
+    assert accuracy(answer, annotators) == pytest.approx(wanted)
+
+
+def test_questions_are_of_the_kind_of_their_answer() -> None:
+    assert kind(("yes", "yes", "2")) == "yes_no"
+    assert kind(("2",)) == "number" and kind(("red", "red", "no")) == "other"
+
+
+def test_figures_stand_beside_the_most_frequent_answer(make_task) -> None:
+    answers = [("yes",), ("yes",), ("no",), ("4",), ("red",), ("red",), ("red",), ()]
+    samples = [dataclasses.replace(sample, caption=f"question {number}?", answers=given) for number, (sample, given)
+               in enumerate(zip(make_task((8, 1)).split.reader.samples, answers, strict=True))]
+    task = make_task(samples)
+    task.system.answer = lambda asked: ["yes" if sample.caption < "question 3" else "red" for sample in asked]
+    metrics, absent, examples = measure(task)
+    found = {metric.name: metric for metric in metrics}
+    assert found["vqa.accuracy"].value == pytest.approx(5 / 7) and found["vqa.accuracy"].n == 7
+    assert found["vqa.accuracy"].chance == pytest.approx(3 / 7) and "'red'" in found["vqa.accuracy"].chance_method
+    assert found["vqa.accuracy.yes_no"].value == found["vqa.accuracy.yes_no"].chance == pytest.approx(2 / 3)
+    assert found["vqa.accuracy.number"].value == 0.0 and found["vqa.accuracy.other"].value == 1.0
+    assert not absent and examples[0]["question"] == "question 0?" and examples[0]["answer"] == "yes"
+    written = [json.loads(line) for line in (task.folder / "answers.jsonl").read_text().splitlines()]
+    assert len(written) == 8 and written[7]["answers"] == [] and written[7]["answer"] == "red"
+
+
+def test_without_questions_it_says_so(tmp_path) -> None:
+    with pytest.raises(UserError, match="--questions is missing"):
+        vqa(VQAConfig(tmp_path, tmp_path))
