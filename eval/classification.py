@@ -208,7 +208,9 @@ def _gains(
 ) -> list[Metric]:
     """Paired differences: all three over each one, each modality added to one or two others, the model over raw."""
     note = "paired difference of mAP over the same resamples"
-    pairs = [(f"gain_over.{name}", MODALITIES, found[name,]) for name in MODALITIES if MODALITIES in found]
+    pairs: list[tuple[str, tuple[str, ...], Score]] = [
+        (f"gain_over.{name}", MODALITIES, found[name,]) for name in MODALITIES if MODALITIES in found
+    ]
     pairs += [
         (f"gain.{'_'.join(more)}_over_{'_'.join(less)}", more, found[less])
         for more, less in product(found, found)

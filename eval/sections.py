@@ -167,8 +167,8 @@ def _plain(run: Run, task: str, hint: str) -> Markup | None:
     result = run.results.get(task)
     if result is None or not result.metrics:
         return None
-    return joined([element("h2", TITLES[task]), element("p", hint, class_="hint"), 
-                   figures([metric for metric in result.metrics if metric.name not in GAINS])])
+    levels = [metric for metric in result.metrics if metric.name not in GAINS]
+    return joined([element("h2", TITLES[task]), element("p", hint, class_="hint"), figures(levels)])
 
 
 def gallery(run: Run) -> Markup | None:
