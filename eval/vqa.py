@@ -79,19 +79,20 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
 
 
 def accuracy(answer: str, annotators: Sequence[str]) -> float:
-    """VQA accuracy of an answer, in [0, 1], against normalised answers of one or more annotators."""
+    """VQA accuracy of an answer, in [0, 1], against the answers of one or more annotators, all normalised."""
     others = len(annotators) - 1
-    agree = sum(given == normalise(answer) for given in annotators)
+    agrees = [normalise(given) == normalise(answer) for given in annotators]
+    agree = sum(agrees)
     if others == 0:
         return float(agree)
     enough = min(AGREEING, others)
-    without_one = [min((agree - (given == normalise(answer))) / enough, 1.0) for given in annotators]
+    without_one = [min((agree - own) / enough, 1.0) for own in agrees]
     return sum(without_one) / len(annotators)
 
 
 def kind(annotators: Sequence[str]) -> str:
     """VQA's kind of question, by the most frequent answer: yes_no, number or other."""
-    answer = Counter(annotators).most_common(1)[0][0]
+    answer = Counter(map(normalise, annotators)).most_common(1)[0][0]
     return "yes_no" if answer in ("yes", "no") else "number" if answer[:1].isdigit() else "other"
 
 
@@ -99,7 +100,7 @@ def _accuracy(
     task: Task, name: str, chosen: np.ndarray, answers: Sequence[str], given: Sequence[tuple[str, ...]]
 ) -> Metric:
     """Of the questions `chosen`, against always giving the answer that annotators gave most often to them."""
-    guess = Counter(answer for number in chosen for answer in given[number]).most_common(1)[0][0]
+    guess = Counter(normalise(answer) for number in chosen for answer in given[number]).most_common(1)[0][0]
     return measured(
         _name(name),
         np.array([accuracy(answers[number], given[number]) for number in chosen]),

@@ -19,9 +19,10 @@ from tyro.conf import Positional
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json
 from opt.data.manifest import Manifest
-from opt.data.questions import Question, Questions, frequent_answers
+from opt.data.questions import Question, Questions, frequent_answers, normalise
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
+from opt.data.tokenizer import Tokenizer
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT
 from opt.systems.opt.config import Tuning
@@ -150,13 +151,24 @@ def _tuning(config: FinetuneConfig, start: OPT, reader: ShardReader) -> Tuning:
         assert isinstance(reader, Questions)
         answers = frequent_answers(reader.questions, config.answers)
         print(_coverage(reader.questions, answers))
+    if config.task == "vqa-words":
+        assert isinstance(reader, Questions)
+        print(_spelling(reader.questions, start.tokenizer))
     return Tuning(config.task, config.given, config.margin, answers)
 
 
 def _coverage(questions: list[Question], answers: tuple[str, ...]) -> str:
     known = set(answers)
-    covered = sum(bool(known.intersection(question.answers)) for question in questions)
+    covered = sum(bool(known.intersection(map(normalise, question.answers))) for question in questions)
     return f"{len(answers):,} answers cover {covered:,} of {len(questions):,} questions"
+
+
+def _spelling(questions: list[Question], tokenizer: Tokenizer) -> str:
+    """Captions may lack characters that answers need, digits most of all."""
+    spelled = {answer: tokenizer.unk not in tokenizer.encode(answer)
+               for answer in {answer for question in questions for answer in question.answers}}
+    can = sum(any(spelled[answer] for answer in question.answers) for question in questions)
+    return f"the model's vocabulary spells an answer to {can:,} of {len(questions):,} questions"
 
 
 def same_features(manifest: Manifest, facts: DataFacts, folder: Path) -> None:

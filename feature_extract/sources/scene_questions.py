@@ -3,7 +3,7 @@
     a line of <split>_scenes.jsonl --ask--> one question of each kind that has one right answer here
         color    "what color is the star?"          the only star
         shape    "what shape is the red thing?"     the only red thing
-        count    "how many stars are there?"        0 as often as other counts allow
+        count    "how many stars are there?"        none as often as other counts allow
         there    "is there a red star?"             yes as often as no; a no has its color or its shape from the scene
         ground   "what is behind the things?"
 
@@ -25,6 +25,10 @@ from feature_extract.sources.scene_drawing import COLORS, SHAPES
 
 HIDDEN_MOST = 0.4
 """Questions of color and shape ask about objects hidden no more than this."""
+
+
+NUMBERS = ("none", "one", "two", "three", "four")
+"""Answers of counts in words, which a vocabulary of captions can spell."""
 
 
 def ask(scene: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,7 +67,7 @@ def _count(objects: list[dict[str, Any]], rng: np.random.Generator) -> tuple[str
         shapes[times[shape]].append(shape)
     number = sorted(shapes)[rng.integers(len(shapes))]
     shape = shapes[number][rng.integers(len(shapes[number]))]
-    return f"how many {plural(shape)} are there?", str(number)
+    return f"how many {plural(shape)} are there?", NUMBERS[number]
 
 
 def _there(objects: list[dict[str, Any]], rng: np.random.Generator) -> tuple[str, str]:

@@ -34,7 +34,7 @@ DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"
 
 @dataclass(frozen=True)
 class Question:
-    """One line: the record's key, the question as written, the annotators' answers, normalised."""
+    """One line: the record's key, the question and the annotators' answers as written."""
 
     key: str
     text: str
@@ -100,7 +100,7 @@ class Questions(Subset):
 
 
 def read_questions(path: Path) -> list[Question]:
-    """All lines of the file, answers normalised. Raises UserError naming the line that is wrong."""
+    """All lines of the file; empty answers count as none. Raises UserError naming the line that is wrong."""
     if not path.is_file():
         raise UserError(f'{path} does not exist; expected lines {{"image_id": ..., "question": ..., "answers": [...]}}')
     questions = []
@@ -124,7 +124,7 @@ def _question(entry: Any) -> Question:
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise TypeError("answers must be a list of texts")
     key = re.sub(r"[./\\]", "-", str(name).strip())
-    return Question(key, text, tuple(normalise(answer) for answer in answers if answer.strip()))
+    return Question(key, text, tuple(answer for answer in answers if answer.strip()))
 
 
 def normalise(answer: str) -> str:
@@ -135,6 +135,6 @@ def normalise(answer: str) -> str:
 
 
 def frequent_answers(questions: Sequence[Question], size: int) -> tuple[str, ...]:
-    """The `size` answers that annotators gave most often, the most frequent first; equals by the alphabet."""
-    counts = Counter(answer for question in questions for answer in question.answers)
+    """The `size` answers that annotators gave most often, normalised, most frequent first; equals by the alphabet."""
+    counts = Counter(normalise(answer) for question in questions for answer in question.answers)
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[:size])

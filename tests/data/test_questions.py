@@ -30,14 +30,14 @@ def line(image_id: object, question: str = "what color?", *answers: str) -> dict
 
 
 def test_a_question_is_a_sample_with_its_records_picture(shards: ShardReader, tmp_path: Path) -> None:
-    path = write(tmp_path / "q", line("sample18", "which, one?", "A Red."), line("sample3", "how many", "two", "2", "3"),
-                 {"image_id": "sample3", "question": "never answered"})
+    path = write(tmp_path / "q", line("sample18", "which, one?", "A Red."),
+                 line("sample3", "how many", "two", "2", "3"), {"image_id": "sample3", "question": "never answered"})
     questions = Questions(shards, path, answered=False)
     assert len(questions) == 3 and not questions.left_out
     samples = [questions.sample(number) for number in range(3)]
     assert [(sample.key, sample.caption, sample.answers) for sample in samples] == [
-        ("sample3", "how many", ("2", "2", "3")), ("sample3", "never answered", ()),
-        ("sample18", "which, one?", ("red",)),
+        ("sample3", "how many", ("two", "2", "3")), ("sample3", "never answered", ()),
+        ("sample18", "which, one?", ("A Red.",)),
     ]
     assert all(sample.speech is None for sample in samples)
     regions = shards.sample(18).pictures[0].regions
@@ -48,7 +48,7 @@ def test_a_question_is_a_sample_with_its_records_picture(shards: ShardReader, tm
     assert list(questions.keys()) == ["sample3", "sample3", "sample18"]
     again = pickle.loads(pickle.dumps(questions))
     assert again.fingerprint == questions.fingerprint != shards.fingerprint
-    assert again.sample(2).answers == ("red",)
+    assert again.sample(2).answers == ("A Red.",)
     with pytest.raises(IndexError):
         questions.sample(3)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_extract.sources.scene_questions import HIDDEN_MOST, ask, blind
+from feature_extract.sources.scene_questions import HIDDEN_MOST, NUMBERS, ask, blind
 from feature_extract.sources.spoken_scenes import ScenesConfig, _truth, draw, scenes
 
 SCENES = [_truth(draw(7, index), []) for index in range(400)]
@@ -25,7 +25,7 @@ def test_every_answer_is_the_only_right_one() -> None:
             words, (answer,) = question["question"].rstrip("?").split(), question["answers"]
             if question["kind"] == "count":
                 shape = words[2].removesuffix("es") if words[2] == "crosses" else words[2].removesuffix("s")
-                assert len(matching(scene, [shape])) == int(answer)
+                assert len(matching(scene, [shape])) == NUMBERS.index(answer)
             elif question["kind"] == "there":
                 assert bool(matching(scene, words[3:])) == (answer == "yes")
             elif question["kind"] == "ground":

@@ -20,6 +20,7 @@ from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import Packer, Place
 from opt.data.plan import BatchPlan, Tasks
+from opt.data.questions import normalise
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.systems.opt.collect import Clean, Collected, alignment_pairs
@@ -74,7 +75,7 @@ class DownstreamRows(Rows):
 
     def scores(self, answers: tuple[str, ...]) -> dict[int, float]:
         """How right each answer of the list is, by its place: 1 for a single annotator's, else by how many agree."""
-        counts = Counter(answers)
+        counts = Counter(map(normalise, answers))
         rightness = {answer: 1.0 if len(answers) == 1 else min(AGREEMENT * counts[answer], 1.0) for answer in counts}
         return {self.places[answer]: score for answer, score in rightness.items() if answer in self.places}
 
