@@ -152,3 +152,18 @@ def test_tasks_are_checked() -> None:
         Tasks(("a",), (0.0,))
     with pytest.raises(ValueError, match="partnered"):
         Tasks(("a",), (1.0,), ("b",))
+
+
+def test_steps_draw_each_task_equally_often_and_one_at_a_time() -> None:
+    tasks = Tasks(("a", "b", "never", "c"), (0.5, 0.1, 0.0, 0.4), ("c",), one_a_step=True)
+    plan = make(n=4000, tasks=tasks)
+    batches = epoch(plan)
+    drawn = [set(batch.task.tolist()) for batch in batches]
+    assert all(len(tasks_of_batch) == 1 for tasks_of_batch in drawn)
+    order = [min(tasks_of_batch) for tasks_of_batch in drawn]
+    cycles = [order[start : start + 3] for start in range(0, len(order) - 3, 3)]
+    assert all(sorted(cycle) == [0, 1, 3] for cycle in cycles)
+    assert len({tuple(cycle) for cycle in cycles}) == 6, "a random order each time"
+    again = plan.batch_at(batches[-1].position)
+    assert same(again, batches[-1]), "a function of the position alone"
+    assert all((batch.partners >= 0).any() == (task == 3) for batch, task in zip(batches, order, strict=True))

@@ -52,12 +52,60 @@ def test_frame_contrast_is_smallest_at_the_perfect_prediction() -> None:
     assert perfect < value(frames[3] + 0.3 * torch.randn(6)) < value(-frames[3])
 
 
+def test_frame_contrast_has_its_minimum_at_the_perfect_prediction_and_the_gradient_leads_there() -> None:
+    """Negatives in opposite pairs pull evenly, so the minimum is exact: no slope there, and every way out is up."""
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(5, 5)).Q
+    frames = torch.cat([axes[:1], axes[1:], -axes[1:]])
+    own, sample_m, sample_t = torch.tensor([0]), torch.zeros(1, dtype=torch.long), torch.zeros(9, dtype=torch.long)
+
+    def value(predicted: torch.Tensor) -> torch.Tensor:
+        return frame_contrast(predicted[None], frames, own, sample_m, sample_t, ONE, 1.0).total
+
+    perfect = frames[0].clone().requires_grad_()
+    value(perfect).backward()
+    assert perfect.grad.abs().max() < 1e-5
+    assert all(value(perfect.detach()) < value(perfect.detach() + scale * torch.randn(5))
+               for scale in (0.1, 0.3, 1.0) for _ in range(100))
+    predicted = torch.randn(5)
+    for _ in range(200):
+        predicted = predicted.detach().requires_grad_()
+        value(predicted).backward()
+        predicted = predicted - predicted.grad
+    assert torch.cosine_similarity(predicted, frames[0], dim=0) > 0.999
+
+
+def test_the_gradient_of_the_frame_contrast_by_hand() -> None:
+    """d loss / d cosine_j = (softmax_j - [j is the hidden frame]) / temperature, times d cosine_j / d prediction."""
+    torch.manual_seed(3)
+    frames, predicted = torch.randn(7, 6).double(), torch.randn(6).double()
+    given = predicted.float().requires_grad_()
+    where = torch.tensor([2])
+    frame_contrast(given[None], frames.float(), where, torch.zeros(1), torch.zeros(7), ONE, 0.2).total.backward()
+    length, unit = predicted.norm(), predicted / predicted.norm()
+    others = frames / frames.norm(dim=1, keepdim=True)
+    cosine = others @ unit
+    slope = torch.softmax(cosine / 0.2, 0)
+    slope[2] -= 1
+    wanted = (slope[:, None] / 0.2 * (others - cosine[:, None] * unit) / length).sum(0)
+    torch.testing.assert_close(given.grad.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_smoothing_spreads_its_share_evenly() -> None:
+    logits = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    losses = -torch.log_softmax(logits, -1)[0]
+    term = token_cross_entropy(logits, torch.tensor([1]), ONE, smoothing=0.1)
+    assert term.total.item() == pytest.approx((0.9 * losses[1] + 0.1 * losses.mean()).item())
+
+
 def test_five_way_matching_by_hand() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.0, 0.5, -3.0]])
     term = five_way(logits, torch.tensor([0]), ONE)
     sigmoid = 1 / (1 + np.exp(-logits[0].numpy()))
     wanted = -math.log(sigmoid[0]) - np.log(1 - sigmoid[1:]).sum()
     assert term.total.item() == pytest.approx(wanted, abs=1e-5)
+    softmax = five_way(logits, torch.tensor([0]), ONE, "softmax")
+    assert softmax.total.item() == pytest.approx(-torch.log_softmax(logits, -1)[0, 0].item(), abs=1e-5)
 
 
 def test_in_batch_contrast_by_hand_and_same_pictures_are_no_negatives() -> None:
