@@ -1,6 +1,7 @@
 """Transformer block over packed tokens: self-attention, optional cross-attention, feed-forward; pre- or post-norm.
 
-Shape legend: N tokens, M context tokens, D width, B sequences, L cached length.
+Shape legend: N tokens, M context tokens, D width; in steps: B samples, R rows (B, or B beams), L length, H heads,
+d head width.
 """
 
 from __future__ import annotations
@@ -8,22 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from opt.data.layout import AttentionLayout
 from opt.nn.attention import Attention
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockCache:
-    """What a decoding step needs of one block: its own past (B, L, H, d), and the context's keys and values."""
+    """What a decoding step needs of one block, for R rows: the past, with room for all L steps; the context.
+
+    past_key, past_value (R, L, H, d), filled up to the step at hand. context_key, context_value (R, M, H, d), of which
+    context_valid (R, M) are real.
+    """
 
     past_key: Tensor
     past_value: Tensor
     context_key: Tensor
     context_value: Tensor
     context_valid: Tensor
+
+    def write(self, position: int, key_RHd: Tensor, value_RHd: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the keys and values of a step in their place; returns all up to it, (R, position + 1, H, d)."""
+        self.past_key[:, position], self.past_value[:, position] = key_RHd, value_RHd
+        return self.past_key[:, : position + 1], self.past_value[:, : position + 1]
+
+    def follow(self, position: int, parents_R: Tensor) -> None:
+        """Each row takes over the past of another row (B K rows, a sample's K beside each other) before `position`."""
+        for past in (self.past_key, self.past_value):
+            past[:, :position] = past[parents_R, :position]
 
 
 class FeedForward(nn.Sequential):
@@ -68,26 +82,25 @@ class Block(nn.Module):
         fed = self.feed_forward(self._before(self.feed_norm, hidden_ND))
         return self._after(self.feed_norm, hidden_ND, fed)
 
-    def cache(self, context_BLD: Tensor, context_valid_BL: Tensor) -> BlockCache:
-        """An empty past, and the context's keys and values computed once for all steps."""
+    def cache(self, context_BMD: Tensor, context_valid_BM: Tensor, length: int, beams: int) -> BlockCache:
+        """Room for a past of `length` steps of B x `beams` rows; the context's keys and values, computed once."""
         assert self.cross_attention is not None
-        key, value = self.cross_attention.keys_values(context_BLD)
-        return BlockCache(key[:, :0], value[:, :0], key, value, context_valid_BL)
+        key_BMHd, value_BMHd = self.cross_attention.keys_values(context_BMD)
+        past = key_BMHd.new_zeros(2, len(key_BMHd) * beams, length, *key_BMHd.shape[2:])
+        context = (each.repeat_interleave(beams, dim=0) for each in (key_BMHd, value_BMHd, context_valid_BM))
+        return BlockCache(past[0], past[1], *context)
 
-    def step(self, hidden_BD: Tensor, cache: BlockCache) -> Tensor:
-        """One new token a sequence: (B, D) -> (B, D); the cache grows by it."""
+    def step(self, hidden_RD: Tensor, position: int, cache: BlockCache) -> Tensor:
+        """One new token a row: (R, D) -> (R, D); the cache takes it in at `position`."""
         assert self.cross_attention is not None and self.cross_norm is not None
-        normed = self._before(self.self_norm, hidden_BD)
-        key, value = self.self_attention.keys_values(normed.unsqueeze(1))
-        cache.past_key = torch.cat([cache.past_key, key], dim=1)
-        cache.past_value = torch.cat([cache.past_value, value], dim=1)
-        attended = self.self_attention.step(normed, cache.past_key, cache.past_value, None)
-        hidden_BD = self._after(self.self_norm, hidden_BD, attended)
-        normed = self._before(self.cross_norm, hidden_BD)
+        normed = self._before(self.self_norm, hidden_RD)
+        past = cache.write(position, *self.self_attention.keys_values(normed))
+        hidden_RD = self._after(self.self_norm, hidden_RD, self.self_attention.step(normed, *past, None))
+        normed = self._before(self.cross_norm, hidden_RD)
         attended = self.cross_attention.step(normed, cache.context_key, cache.context_value, cache.context_valid)
-        hidden_BD = self._after(self.cross_norm, hidden_BD, attended)
-        fed = self.feed_forward(self._before(self.feed_norm, hidden_BD))
-        return self._after(self.feed_norm, hidden_BD, fed)
+        hidden_RD = self._after(self.cross_norm, hidden_RD, attended)
+        fed = self.feed_forward(self._before(self.feed_norm, hidden_RD))
+        return self._after(self.feed_norm, hidden_RD, fed)
 
     def _before(self, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
         return hidden if self.post_norm else norm(hidden)
@@ -115,12 +128,12 @@ class Stack(nn.Module):
             hidden_ND = block(hidden_ND, layout, context_MD, context_layout)
         return self.final_norm(hidden_ND)
 
-    def start(self, context_BLD: Tensor, context_valid_BL: Tensor) -> list[BlockCache]:
-        """Caches of all blocks for step-by-step decoding over a padded context."""
-        return [cast(Block, block).cache(context_BLD, context_valid_BL) for block in self.blocks]
+    def start(self, context_BMD: Tensor, context_valid_BM: Tensor, length: int, beams: int) -> list[BlockCache]:
+        """Caches of all blocks for `length` steps over a padded context, `beams` rows a sample."""
+        return [cast(Block, block).cache(context_BMD, context_valid_BM, length, beams) for block in self.blocks]
 
-    def step(self, hidden_BD: Tensor, caches: list[BlockCache]) -> Tensor:
-        """One new token a sequence through all blocks: (B, D) -> (B, D); the caches grow."""
+    def step(self, hidden_RD: Tensor, position: int, caches: list[BlockCache]) -> Tensor:
+        """One new token a row through all blocks: (R, D) -> (R, D)."""
         for block, cache in zip(self.blocks, caches, strict=True):
-            hidden_BD = cast(Block, block).step(hidden_BD, cache)
-        return self.final_norm(hidden_BD)
+            hidden_RD = cast(Block, block).step(hidden_RD, position, cache)
+        return self.final_norm(hidden_RD)

@@ -1,7 +1,8 @@
 """Decoder: writes tokens one after another, looking at an encoded context (text, or image codes).
 
 Training runs all positions at once over packed targets; generation runs one step at a time with a dense cache.
-Shape legend: N packed target tokens, M context tokens, D width, V tokens of the decoder, B sequences, L length.
+Shape legend: N packed target tokens, M context tokens, D width, V tokens of the decoder; in steps:
+B samples, R rows (B, or B beams).
 """
 
 from __future__ import annotations
@@ -40,14 +41,24 @@ class Decoder(nn.Module):
         """(..., D) -> (..., V), tied to the token table."""
         return F.linear(hidden, table_VD[: len(self.bias)], self.bias)
 
-    def start(self, context_BLD: Tensor, context_valid_BL: Tensor) -> list[BlockCache]:
-        """Caches for step-by-step generation over a padded context."""
-        return self.stack.start(context_BLD, context_valid_BL)
+    def start(
+        self, context_BMD: Tensor, context_valid_BM: Tensor, length: int, beams: int = 1
+    ) -> list[BlockCache]:
+        """Caches for at most `length` steps over a padded context, `beams` rows a sample beside each other."""
+        return self.stack.start(context_BMD, context_valid_BM, length, beams)
 
-    def step(self, ids_B: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor) -> Tensor:
-        """Logits (B, V) of the token after `ids_B`, which stands at `position`; the caches grow."""
-        hidden_BD = self._embed(ids_B, torch.full_like(ids_B, position), table_VD)
-        return self.logits(self.stack.step(hidden_BD, caches), table_VD)
+    def step(
+        self, ids_R: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor, parents_R: Tensor | None = None
+    ) -> Tensor:
+        """Logits (R, V) of the token after `ids_R`, which stands at `position`; the caches take it in.
+
+        parents_R: the row of the step before that each row now continues (beam search); None: each its own.
+        """
+        if parents_R is not None:
+            for cache in caches:
+                cache.follow(position, parents_R)
+        hidden_RD = self._embed(ids_R, torch.full_like(ids_R, position), table_VD)
+        return self.logits(self.stack.step(hidden_RD, position, caches), table_VD)
 
     def _embed(self, ids: Tensor, positions: Tensor, table_VD: Tensor) -> Tensor:
         return self.dropout(self.embed_norm(F.embedding(ids, table_VD) + self.position(positions)))

@@ -1,4 +1,4 @@
-"""The decoder: cached steps equal the packed run; search does what it says."""
+"""The decoder: cached steps equal the packed run, no token sees the future, and beams carry their own past."""
 
 import numpy as np
 import pytest
@@ -6,58 +6,83 @@ import torch
 
 from opt.data.layout import cross_layout, self_layout
 from opt.nn.decoder import Decoder
-from opt.nn.search import sample
+from opt.nn.search import Step, beam, draw, greedy
+
+CONTEXTS = np.array([4, 9, 1])
 
 
-def test_cached_steps_equal_the_packed_run() -> None:
+def made() -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+    """A random decoder whose logits differ clearly, its token table, and a packed context."""
     torch.manual_seed(0)
-    decoder, table = Decoder(2, 16, 4, 32, 11, 10, 0.0).eval(), torch.randn(11, 16)
-    lengths, context_lengths = np.array([6, 6]), np.array([4, 9])
-    context, ids = torch.randn(13, 16), torch.randint(0, 11, (2, 6))
-    layout = self_layout(lengths)
-    cross = cross_layout(np.array([0, 6]), lengths, np.array([0, 4]), context_lengths)
-    hidden = decoder(ids.flatten(), torch.arange(6).repeat(2), layout, context, cross, table)
-    packed = decoder.logits(hidden, table).unflatten(0, (2, 6))
-    padded = torch.nn.utils.rnn.pad_sequence(list(context.split([4, 9])), batch_first=True)
-    valid = torch.arange(9)[None] < torch.tensor([4, 9])[:, None]
-    caches = decoder.start(padded, valid)
-    stepped = torch.stack([decoder.step(ids[:, place], place, caches, table) for place in range(6)], dim=1)
-    torch.testing.assert_close(stepped, packed, atol=1e-5, rtol=1e-4)
+    decoder = Decoder(2, 16, 4, 32, 11, 64, 0.0).eval()
+    return decoder, torch.randn(12, 16), 3 * torch.randn(int(CONTEXTS.sum()), 16)
 
 
-def scripted(table: torch.Tensor):
-    """A step whose logits depend on position alone: table (L, B, V)."""
-    return lambda ids, position: table[position]
+def packed(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B K, L, D) of all positions at once, K rows a context."""
+    rows, length = ids.shape
+    each = np.arange(rows) // (rows // len(CONTEXTS))
+    lengths = np.full(rows, length)
+    cross = cross_layout(np.arange(rows) * length, lengths, (np.cumsum(CONTEXTS) - CONTEXTS)[each], CONTEXTS[each])
+    places = torch.arange(length).repeat(rows)
+    return decoder(ids.flatten(), places, self_layout(lengths), context, cross, table).unflatten(0, (rows, length))
 
 
-def test_greedy_takes_the_likeliest_and_stops_at_the_end() -> None:
-    table = torch.full((4, 2, 5), -1.0)
-    for position, (first, second) in enumerate([(3, 1), (2, 4), (4, 1), (1, 1)]):
-        table[position, 0, first] = table[position, 1, second] = 5.0
-    ids = sample(scripted(table), torch.zeros(2, dtype=torch.long), 4, end=4)
-    assert ids.tolist() == [[3, 2, 4, 4], [1, 4, 4, 4]]
+def cached_step(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, length: int, beams: int) -> Step:
+    padded = torch.nn.utils.rnn.pad_sequence(list(context.split(CONTEXTS.tolist())), batch_first=True)
+    valid = torch.arange(padded.shape[1])[None] < torch.from_numpy(CONTEXTS)[:, None]
+    caches = decoder.start(padded, valid, length, beams)
+    return lambda ids, position, parents: decoder.step(ids, position, caches, table, parents)
 
 
-def test_top_k_draws_only_the_likeliest_and_is_repeatable() -> None:
-    table = torch.randn(50, 3, 20, generator=torch.Generator().manual_seed(1))
-    start = torch.zeros(3, dtype=torch.long)
-    uniform = torch.rand(3, 50, generator=torch.Generator().manual_seed(7))
-    drawn = [sample(scripted(table), start, 50, top_k=4, uniform_BL=uniform) for _ in range(2)]
-    assert torch.equal(drawn[0], drawn[1])
-    allowed = table.topk(4, dim=-1).indices.permute(1, 0, 2)
-    assert (drawn[0][:, :, None] == allowed).any(-1).all()
-    assert len(set(drawn[0].flatten().tolist())) > 4
+def uncached_step(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, beams: int) -> Step:
+    """Everything computed anew at every step."""
+    prefix = [torch.zeros(len(CONTEXTS) * beams, 0, dtype=torch.long)]
+
+    def step(ids: torch.Tensor, position: int, parents: torch.Tensor | None) -> torch.Tensor:
+        past = prefix[0] if parents is None else prefix[0][parents]
+        prefix[0] = torch.cat([past, ids[:, None]], dim=1)
+        return decoder.logits(packed(decoder, table, context, prefix[0])[:, -1], table)
+
+    return step
 
 
-def test_bad_sampling_is_refused() -> None:
-    with pytest.raises(ValueError, match="top_k"):
-        sample(scripted(torch.zeros(1, 1, 2)), torch.zeros(1, dtype=torch.long), 1, top_k=0)
+@torch.inference_mode()
+def test_cached_steps_equal_the_packed_run() -> None:
+    decoder, table, context = made()
+    ids = torch.randint(0, 11, (3, 6))
+    step = cached_step(decoder, table, context, 6, 1)
+    stepped = torch.stack([step(ids[:, place], place, None) for place in range(6)], dim=1)
+    whole = decoder.logits(packed(decoder, table, context, ids), table)
+    torch.testing.assert_close(stepped, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
-    probability = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    uniform = (torch.arange(1000) / 1000)[:, None]
-    start = torch.zeros(1000, dtype=torch.long)
-    drawn = sample(lambda ids, place: probability.log().expand(1000, 4), start, 1, top_k=3, uniform_BL=uniform)
-    shares = torch.bincount(drawn.flatten(), minlength=4) / 1000
-    torch.testing.assert_close(shares, torch.tensor([4 / 9, 3 / 9, 2 / 9, 0.0]), atol=2e-3, rtol=0)
+@torch.inference_mode()
+@pytest.mark.parametrize("end, length", [(7, 20), (None, 64)])
+def test_cached_search_equals_uncached(end: int | None, length: int) -> None:
+    """Text, which ends, and codes, which fill their grid, over contexts of unequal length."""
+    decoder, table, context = made()
+    start = torch.full((3,), 11)
+    uniform = torch.rand(3, length, dtype=torch.float64)
+    for search in (lambda step: greedy(step, start, length, end),
+                   lambda step: draw(step, start, length, uniform, 5, 0.95, 1.2, end)):
+        with_cache = search(cached_step(decoder, table, context, length, 1))
+        assert torch.equal(with_cache, search(uncached_step(decoder, table, context, 1)))
+        assert len(with_cache.unique()) > 2
+    found = [beam(step, start, length, 3, 1.0, end, keep=3) for step in (
+        cached_step(decoder, table, context, length, 3), uncached_step(decoder, table, context, 3))]
+    assert torch.equal(found[0].ids, found[1].ids)
+    torch.testing.assert_close(found[0].scores, found[1].scores, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_no_position_sees_a_later_token() -> None:
+    decoder, table, context = made()
+    ids = torch.randint(0, 11, (3, 8))
+    before = packed(decoder, table, context, ids)
+    for place in range(8):
+        other = ids.clone()
+        other[:, place] = (other[:, place] + 1) % 11
+        after = packed(decoder, table, context, other)
+        assert torch.equal(after[:, :place], before[:, :place]), "bit-equal"
+        assert (after[:, place:] != before[:, place:]).any(dim=-1).all()

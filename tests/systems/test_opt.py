@@ -164,13 +164,40 @@ def test_abilities_do_not_depend_on_the_batch() -> None:
     together = system.score(samples, ["text", "image"])
     torch.testing.assert_close(together, torch.cat([system.score([s], ["text", "image"]) for s in samples]),
                                atol=1e-5, rtol=1e-4)
-    sampling = Sampling(limit=8)
-    texts = system.generate_text(samples, ["image"], sampling)
-    assert texts == [system.generate_text([sample], ["image"], sampling)[0] for sample in samples]
+    for sampling in (Sampling(limit=8), Sampling(limit=8, beams=3), Sampling(limit=8, top_p=0.9, temperature=2.0)):
+        for modalities in (["image"], ["text", "audio"], ["text", "image", "audio"]):
+            texts = system.generate_text(samples, modalities, sampling)
+            assert texts == [system.generate_text([sample], modalities, sampling)[0] for sample in samples]
     codes = system.generate_codes(samples, ["text"], Sampling(top_k=4))
     assert codes.shape == (6, 8, 8)
     alone = [system.generate_codes([sample], ["text"], Sampling(top_k=4)) for sample in samples]
     assert torch.equal(codes, torch.cat(alone)), "what a sample draws is its own"
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    system, samples = model().eval(), [SAMPLES[number] for number in range(3)]
+    drawn = [system.generate_codes(samples, ["audio"], Sampling(seed=seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and (drawn[0] != drawn[2]).flatten(1).any(1).all()
+    texts = [system.generate_text(samples, ["image"], Sampling(top_k=0, temperature=3.0, seed=s)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert system.generate_text(samples, ["image"], Sampling(seed=1)) == system.generate_text(
+        samples, ["image"], Sampling(seed=2)), "greedy draws nothing"
+
+
+@pytest.mark.parametrize("wrong", [
+    {"beams": 0}, {"length_penalty": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": float("nan")},
+    {"temperature": 0.0}, {"seed": -1}, {"limit": 0}, {"beams": 4, "top_k": 5}, {"top_k": 1, "top_p": 0.5},
+])  # fmt: skip
+def test_sampling_that_makes_no_sense_is_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong)).replace("_", "-")):
+        Sampling(**wrong)
+
+
+def test_sampling_says_what_it_does() -> None:
+    assert Sampling().for_text().protocol == "greedy decoding"
+    assert Sampling().for_codes().protocol == "top-32 sampling at temperature 1, seed 0"
+    assert Sampling(beams=4, length_penalty=0.6).for_text().protocol == "beam search, 4 beams, length penalty 0.6"
+    assert Sampling(top_p=0.9).for_text().protocol == "sampling from the nucleus of 0.9 at temperature 1, seed 0"
 
 
 def test_samples_without_a_modality_train_and_are_refused_where_it_is_asked_for() -> None:

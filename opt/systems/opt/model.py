@@ -5,10 +5,8 @@ Shape legend: N packed encoder tokens, S sequences, M targets, D width, E shared
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,6 @@ from opt.nn.block import Stack
 from opt.nn.decoder import Decoder
 from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
 from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
-from opt.nn.search import sample as search
 from opt.objectives.contrastive import in_batch
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
 from opt.objectives.matching import ALL_MATCH, five_way, margin_ranking, soft_classes
@@ -28,6 +25,7 @@ from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
 from opt.systems.opt.rows import Rows
+from opt.systems.opt.writing import write
 from opt.systems.system import DataFacts, Output, Progress, Sampling, System
 
 CODES = CODE_GRID[0] * CODE_GRID[1]
@@ -224,33 +222,23 @@ class OPT(System):
     @torch.inference_mode()
     def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:
         """The text decoder, looking at the named modalities."""
-        start_B = torch.full((len(samples),), self.tokenizer.bos, device=self.device)
         limit = min(sampling.limit, self.config.text_positions - 1)
-        ids_BL = self._generate(self.text_decoder, self.text.token, start_B, limit, samples, modalities, sampling,
-                                end=self.tokenizer.eos)
+        ids_BL = self._write(self.text_decoder, self.text.token, samples, modalities, self.tokenizer.bos,
+                             self.tokenizer.eos, limit, sampling.for_text())
         return [self.tokenizer.decode(ids) for ids in ids_BL.cpu().numpy()]
 
     @torch.inference_mode()
     def generate_codes(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> Tensor:
         """The code decoder, looking at the named modalities: (B, 8, 8)."""
-        start_B = torch.full((len(samples),), self.facts.codebook, device=self.device)
-        codes_BK = self._generate(self.code_decoder, self.code_table, start_B, CODES, samples, modalities, sampling)
+        codes_BK = self._write(self.code_decoder, self.code_table, samples, modalities, self.facts.codebook, None,
+                               CODES, sampling.for_codes())
         return codes_BK.unflatten(1, CODE_GRID)
 
-    def _generate(self, decoder: Decoder, table: nn.Embedding, start_B: Tensor, length: int,
-                  samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling,
-                  end: int | None = None) -> Tensor:
+    def _write(self, decoder: Decoder, table: nn.Embedding, samples: Sequence[Sample], modalities: Sequence[str],
+               start: int, end: int | None, length: int, sampling: Sampling) -> Tensor:
         batch, hidden_ND, _ = self._encode_samples(samples, modalities)
-        context_BLD, valid_BL = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
-        caches = decoder.start(context_BLD, valid_BL)
-        uniform_BL = torch.from_numpy(np.stack([_uniform(sampling.seed, sample.key, length) for sample in samples]))
-        return search(lambda ids_B, position: decoder.step(ids_B, position, caches, table.weight), start_B, length,
-                      sampling.top_k, sampling.temperature, end, uniform_BL.to(self.device))
-
-
-def _uniform(seed: int, key: str, length: int) -> np.ndarray:
-    """The random numbers of one sample (L,): its own, whoever shares its batch."""
-    return np.random.default_rng((seed, zlib.crc32(key.encode()))).random(length)
+        context = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
+        return write(decoder, table.weight, *context, start, end, length, sampling, [each.key for each in samples])
 
 
 def _lengths(batch: Batch, total: int) -> Tensor:
