@@ -34,6 +34,7 @@ VERBS = {
     "extract": Verb("feature_extract.job:extract", "turn pictures, captions and recordings into shards of features"),
     "shards verify": Verb("opt.data.verify:verify", "check every byte of a folder of shards"),
     "shards inspect": Verb("opt.data.verify:inspect", "show what a folder of shards holds"),
+    "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
     "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions or questions"),
     "eval retrieval": Verb("eval.retrieval:retrieval", "search between pictures, text and speech: recall at 1, 5, 10"),

@@ -19,6 +19,7 @@ from opt.lock import alone
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import DataFacts, System, build, load, names, system_type
 from pretrain.limits import check
+from pretrain.start import Start, find_start
 from pretrain.trainer import Trainer
 
 ModelConfig = TypeVar("ModelConfig")
@@ -38,8 +39,14 @@ class PretrainConfig(Generic[ModelConfig]):
     out: Path
     """The run's folder. The same command again goes on from its newest checkpoint."""
     model: ModelConfig
+    start: str | None = None
+    """bert:FOLDER begins with the weights and the vocabulary of a BERT: a folder as Hugging Face saves it, with
+    config.json, model.safetensors or pytorch_model.bin, and vocab.txt. Its sizes must be the model's (opt.paper fits
+    bert-base, cased and uncased); a mismatch is answered with the --model options to give. Without --start all weights
+    are new."""
     vocabulary: Path | None = None
-    """A vocab.txt to read words from; without it WordPiece is trained on the captions of the shards."""
+    """A vocab.txt to read words from; without it (and without --start) WordPiece is trained on the captions of the
+    shards. Cased or lower-cased by the tokenizer_config.json beside it, else cased when it holds upper-case letters."""
     vocabulary_size: int = 2000
     """Largest vocabulary trained on the captions."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -66,15 +73,19 @@ def pretrain(config: PretrainConfig) -> None:
     """Train a system on shards; run the same command again to go on after any stop.
 
     Example: opt pretrain opt.tiny --shards runs/shards/train --out runs/first --loop.steps 500
+    From BERT: opt pretrain opt.paper --start bert:bert-base-uncased --shards runs/shards/train --out runs/paper
     """
     check(config.loop)
     check(config.optim)
     reader = ShardReader(config.shards)
-    system = _system(config, reader)
+    start = find_start(config.start, config.vocabulary, config.out) if config.start is not None else None
+    system = _system(config, reader, start)
+    if start is not None:
+        print(f"begins with {start.fill(system)}")
     if config.dry_run:
         describe(config.system, system, reader, config)
     else:
-        train(system, reader, config, reader.fingerprint)
+        train(system, reader, config, reader.fingerprint, start)
 
 
 class RunConfig(Protocol):
@@ -88,10 +99,13 @@ class RunConfig(Protocol):
     def optim(self) -> OptimConfig: ...
 
 
-def train(system: System, reader: ShardReader, config: RunConfig, data: str) -> None:
-    """Train in `config.out`, or go on with the run there. Raises UserError where other settings or `data` made it."""
+def train(system: System, reader: ShardReader, config: RunConfig, data: str, start: Start | None = None) -> None:
+    """Train in `config.out`, or go on with the run there. Raises UserError where other settings, `data` or weights to
+    start with made it."""
     with alone(config.out):
-        _same_run(config, data)
+        _same_run(config, data, start)
+        if start is not None:
+            start.tokenizer.save(config.out)
         trainer = Trainer(system, reader, config.out, config.loop, config.optim)
         if trainer.step >= config.loop.steps and (config.out / "model" / "config.json").exists():
             print(f"{config.out} is finished: {trainer.step} steps; its model is {config.out / 'model'}")
@@ -100,19 +114,21 @@ def train(system: System, reader: ShardReader, config: RunConfig, data: str) -> 
     print(f"trained {trainer.step} steps; the model is {config.out / 'model'}")
 
 
-def _system(config: PretrainConfig, reader: ShardReader) -> System:
+def _system(config: PretrainConfig, reader: ShardReader, start: Start | None) -> System:
     import torch
 
     torch.manual_seed(config.loop.seed)
     system = config.system.partition(".")[0]
-    tokenizer = _tokenizer(config, reader) if system_type(system).reads_text else None
+    tokenizer = _tokenizer(config, reader, start) if system_type(system).reads_text else None
     try:
         return build(system, config.model, tokenizer, facts(reader.manifest))
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # sizes that no network can have
         raise UserError(f"the model cannot be built from these --model settings: {error}") from error
 
 
-def _tokenizer(config: PretrainConfig, reader: ShardReader) -> Tokenizer:
+def _tokenizer(config: PretrainConfig, reader: ShardReader, start: Start | None) -> Tokenizer:
+    if start is not None:
+        return start.tokenizer
     if config.vocabulary is not None:
         return Tokenizer.from_vocab(config.vocabulary)
     return Tokenizer.train(reader.captions(), config.vocabulary_size)
@@ -131,17 +147,18 @@ def describe(name: str, system: System, reader: ShardReader, config: RunConfig) 
     """Say what would be trained."""
     parameters = sum(parameter.numel() for parameter in system.parameters())
     costs = system.preparer().cost(reader.lengths)
-    print(f"{name}: {parameters:,} parameters, {system.tokenizer.size:,} words in the vocabulary")
+    words = f", {system.tokenizer.size:,} words in the vocabulary" if system.reads_text else ""
+    print(f"{name}: {parameters:,} parameters{words}")
     print(f"{len(reader):,} samples of {costs.mean():.0f} tokens on average")
     print(f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens: "
           f"{config.loop.steps * config.loop.batch_tokens / max(1, costs.sum()):.1f} epochs")
     print(f"would write to {config.out}")
 
 
-def _same_run(config: RunConfig, fingerprint: str) -> None:
+def _same_run(config: RunConfig, fingerprint: str, start: Start | None) -> None:
     """Refuse to go on with a run under other settings or other data. Raises UserError naming the first difference."""
     path = config.out / "config.json"
-    wanted = {**configuration.to_dict(config), "data": fingerprint}
+    wanted = {**configuration.to_dict(config), "data": fingerprint, "start_sha256": start.sha256 if start else None}
     if path.exists():
         try:
             saved = _flat(json.loads(path.read_text()))

@@ -29,6 +29,7 @@ from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import Progress, System
 from pretrain.metrics import Meter, MetricsFile
 from pretrain.optim import adamw, learning_rate
+from pretrain.pictures import save_picture
 
 
 class Trainer:
@@ -64,6 +65,8 @@ class Trainer:
                 if self.step % self.loop.save_every == 0 or last or self.stopping:
                     self._require_finite(total, norm, batch)
                     save_state(self.folder / "checkpoints", self.step, self._state(), self.loop.keep)
+                    picture = self.folder / "pictures" / f"step-{self.step:08d}.png"
+                    save_picture(self.system, batch.to(self.device), picture)
                 if self.stopping:
                     raise KeyboardInterrupt
         save_pretrained(self.system, self.folder / "model")

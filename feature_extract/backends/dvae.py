@@ -1,6 +1,7 @@
 """Image codes by our discrete VAE: the picture squeezed to 64 x 64 -> 8 x 8 codes, and back.
 
-Weights: "tiny" (the embedded network), or a .safetensors file of a `DiscreteVAE` with its configuration in the header.
+Weights: "tiny" (the embedded network), the `model` folder of `opt pretrain dvae...`, or a .safetensors file of a
+`DiscreteVAE` with its configuration in the header.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from feature_extract.codes import SIDE
 from feature_extract.description import describe
+from opt.checkpoint import from_pretrained
 from opt.config import UserError
+from opt.nn.dalle import DALLE
 from opt.nn.dvae import DiscreteVAE
+from opt.systems.dvae import DVAE
 
 
 class DiscreteVAECodes:
-    """A discrete VAE as tokenizer of pictures."""
+    """A discrete VAE of either shape as tokenizer of pictures; `backend` is the one that opened it."""
 
-    def __init__(self, dvae: DiscreteVAE, weights: str, device: str = "cpu") -> None:
+    def __init__(self, dvae: DiscreteVAE | DALLE, backend: str, weights: str, device: str = "cpu") -> None:
         self.dvae = dvae.eval().requires_grad_(False).to(device)
         self.codebook = dvae.config.codebook
-        self.weights, self.device = weights, device
+        self.backend, self.weights, self.device = backend, weights, device
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> np.ndarray:
@@ -42,13 +46,19 @@ class DiscreteVAECodes:
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256."""
-        return describe("dvae", self.weights, self.dvae)
+        return describe(self.backend, self.weights, self.dvae)
 
 
 def load(weights: str, device: str) -> DiscreteVAECodes:
-    """Open "tiny" or a file. Raises UserError when the file is not a discrete VAE of ours."""
+    """Open "tiny", a model's folder or a file. Raises UserError when it is not a discrete VAE of ours."""
     from feature_extract.tiny import codes, weights_file
 
+    if Path(weights).is_dir():
+        system = from_pretrained(weights)
+        if not isinstance(system, DVAE):
+            raise UserError(f"codes {weights!r}: holds a model of system {system.name!r}; give one that "
+                            "`opt pretrain dvae.base` trained")
+        return DiscreteVAECodes(system.dvae, "dvae", weights, device)
     path = weights_file.FOLDER / "codes.safetensors" if weights == "tiny" else Path(weights)
     try:
         dvae = codes.load(path)
@@ -56,4 +66,4 @@ def load(weights: str, device: str) -> DiscreteVAECodes:
         raise
     except Exception as error:  # missing file, another format, another network: one answer to all
         raise UserError(f"codes {weights!r}: not a discrete VAE of ours ({str(error).splitlines()[0]})") from error
-    return DiscreteVAECodes(dvae, weights, device)
+    return DiscreteVAECodes(dvae, "dvae", weights, device)

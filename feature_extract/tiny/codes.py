@@ -11,7 +11,7 @@ import torch
 from feature_extract.tiny import weights_file
 from feature_extract.tiny.pool import Pool, Schedule
 from opt import config as configuration
-from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig
+from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig, usage_divergence
 
 SIDE = 64
 
@@ -34,9 +34,9 @@ def train(pool: Pool, minutes: float, seed: int, out: Path) -> None:
         rows = torch.from_numpy(batch.rows)
         target = pixels[rows].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
-            drawn, divergence = dvae(target, temperature=16 ** -min(1.0, batch.fraction / 0.7))
+            drawn, logits = dvae(target, temperature=16 ** -min(1.0, batch.fraction / 0.7))
         error = ((drawn.float() - target).square() * weights[rows]).mean()
-        batch.step(100 * error + 0.05 * divergence, dvae, 1.0)
+        batch.step(100 * error + 0.05 * usage_divergence(logits), dvae, 1.0)
         if batch.save:
             weights_file.write(out, dvae, configuration.to_dict(dvae.config))
     held = pixels[torch.from_numpy(pool.held_out)].float() / 255

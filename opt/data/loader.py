@@ -138,6 +138,8 @@ class _Batches(Dataset[Any]):
     def _prepare(self, samples: dict[int, Sample], rows: BatchPlan) -> Any:
         try:
             return self.preparer(samples, rows)
+        except UserError:
+            raise
         except Exception as error:
             keys = [samples[int(number)].key for number in self._guilty(samples, rows)]
             raise RuntimeError(

@@ -74,16 +74,32 @@ class DiscreteVAE(nn.Module):
         return self.decoder(weights).sigmoid()
 
     def forward(self, pixels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Training pass: the reconstruction, and how unevenly the batch uses the codebook (nats).
+        """Training pass: the reconstruction (B, 3, 64, 64) in [0, 1], and the logits (B, K, 8, 8) float32 behind it.
 
-        The second is the KL of the codes' mean probability over all places to the uniform one. DALL-E takes the KL of
-        each place instead, which asks every place to be undecided: on small codebooks it left nine codes of ten unused.
+        The decoder sees the soft Gumbel-softmax weights, so that gradients are exact for what is computed. One-hot
+        weights with the soft gradient (straight-through) would be biased; the falling temperature brings the soft
+        weights near one-hot instead (DALL-E, section 2.1; Jang et al., arXiv 1611.01144).
         """
         logits = self.logits(pixels).float()
-        weights = F.gumbel_softmax(logits, tau=temperature, dim=1)
-        usage_K = logits.softmax(dim=1).mean(dim=(0, 2, 3))
-        divergence = math.log(self.config.codebook) + (usage_K * (usage_K + 1e-9).log()).sum()
-        return self.pixels(weights), divergence
+        return self.pixels(F.gumbel_softmax(logits, tau=temperature, dim=1)), logits
+
+
+def usage_divergence(logits: Tensor) -> Tensor:
+    """How unevenly the batch uses the codebook: KL of the codes' mean probability over all places to the uniform one.
+
+    logits (B, K, 8, 8) -> nats, scalar: 0 for even use, log K for one code alone.
+    """
+    usage_K = logits.softmax(dim=1).mean(dim=(0, 2, 3))
+    return math.log(len(usage_K)) + (usage_K * (usage_K + 1e-9).log()).sum()
+
+
+def place_divergence(logits: Tensor) -> Tensor:
+    """KL of each place's distribution to the uniform one, as DALL-E's evidence lower bound has it: nats (B, 8, 8).
+
+    It asks every place to be undecided: on small codebooks that left nine codes of ten unused.
+    """
+    log_probability = logits.log_softmax(dim=1)
+    return math.log(logits.shape[1]) + (log_probability.exp() * log_probability).sum(dim=1)
 
 
 class _Up(nn.Sequential):

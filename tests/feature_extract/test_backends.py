@@ -136,7 +136,7 @@ def test_extractors_are_rebuilt_from_their_description(checkpoint, picture):
 
 
 def test_an_unknown_backend_names_those_there_are():
-    with pytest.raises(UserError, match="there are dvae, torchaudio_speech, torchvision_detector, transformers_speech"):
+    with pytest.raises(UserError, match="there are dalle, dvae, torchaudio_speech, torchvision_detector, tran"):
         open_extractors("detectron9:x", "none", "none", RegionSettings(), AudioSettings(), "cpu")
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig
+from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig, place_divergence, usage_divergence
 
 
 @pytest.fixture
@@ -35,15 +35,48 @@ def test_a_picture_is_encoded_alike_in_any_batch(dvae: DiscreteVAE):
     torch.testing.assert_close(dvae.logits(pixels)[1:2], dvae.logits(pixels[1:2]), atol=1e-5, rtol=1e-5)
 
 
-def test_divergence_is_zero_for_even_use_and_log_of_the_codebook_for_one_code(dvae: DiscreteVAE):
-    pixels = torch.rand(2, 3, 64, 64)
+def test_divergences_are_zero_for_even_use_and_log_of_the_codebook_for_one_code():
+    logits = torch.zeros(2, 16, 8, 8)
+    assert usage_divergence(logits).item() == pytest.approx(0, abs=1e-5)
+    assert place_divergence(logits).abs().max().item() == pytest.approx(0, abs=1e-5)
+    logits[:, 3] = 50
+    assert usage_divergence(logits).item() == pytest.approx(math.log(16), abs=1e-4)
+    torch.testing.assert_close(place_divergence(logits), torch.full((2, 8, 8), math.log(16)))
+
+
+def test_sure_places_that_share_the_codebook_evenly_differ_in_the_two_divergences():
+    logits = torch.zeros(1, 16, 8, 8).scatter_(1, torch.arange(64).remainder(16).view(1, 1, 8, 8), 50.0)
+    assert usage_divergence(logits).item() == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(place_divergence(logits), torch.full((1, 8, 8), math.log(16)))
+
+
+def test_place_divergence_is_torchs_kl(dvae: DiscreteVAE):
+    logits = dvae.logits(torch.rand(2, 3, 64, 64))
+    chosen = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1))
+    even = torch.distributions.Categorical(logits=torch.zeros(16))
+    torch.testing.assert_close(place_divergence(logits), torch.distributions.kl_divergence(chosen, even))
+
+
+def test_the_gradient_reaches_the_encoder_through_soft_codes(dvae: DiscreteVAE):
+    """Against a finite difference, with the same Gumbel noise: soft weights have an exact gradient."""
+    dvae, pixels = dvae.double(), torch.rand(1, 3, 64, 64, dtype=torch.float64)
     last = dvae.encoder[-1]
-    assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    assert dvae(pixels, 1.0)[1].item() == pytest.approx(0, abs=1e-5)
-    last.bias.data[3] = 50
-    assert dvae(pixels, 1.0)[1].item() == pytest.approx(math.log(16), abs=1e-4)
+    assert isinstance(last, torch.nn.Conv2d)
+
+    def error() -> torch.Tensor:
+        torch.manual_seed(1)
+        drawn, logits = dvae(pixels, 0.5)
+        return (drawn - pixels).square().sum()
+
+    dvae.pixels = lambda weights: dvae.decoder(weights.double()).sigmoid()  # the noise is drawn in float32
+    error().backward()
+    gradient, step = last.bias.grad.clone(), 1e-2
+    with torch.no_grad():
+        last.bias[5] += step
+        above = error()
+        last.bias[5] -= 2 * step
+        below = error()
+    assert gradient[5].item() == pytest.approx(((above - below) / (2 * step)).item(), rel=2e-2)
 
 
 def test_it_learns_two_flat_pictures(dvae: DiscreteVAE):

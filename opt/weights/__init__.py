@@ -1,0 +1,1 @@
+"""Published checkpoints to our networks: one file a source."""

@@ -1,0 +1,205 @@
+"""A BERT checkpoint (arXiv 1810.04805), as Hugging Face saves it, to the start of OPT (`opt pretrain --start`).
+
+    FOLDER/config.json                           `describe` -> BERT: sizes, where the weights are
+    FOLDER/model.safetensors, pytorch_model.bin  `begin`    -> words, positions, encoder, pooler, word head of an OPT
+    FOLDER/vocab.txt or tokenizer.json           Tokenizer.from_bert
+
+The encoder is taken over exactly: on text alone OPT's states equal BertModel's. What BERT has not (regions, frames,
+decoders, the other heads) keeps its fresh values; what OPT has not (sentence order, heads of other tasks) stays behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opt.config import UserError, read_json
+from opt.data.tokenizer import SPECIALS
+from opt.systems.opt import OPT, OPTConfig
+
+NAMES = {
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "inner": "intermediate_size",
+    "norm_epsilon": "layer_norm_eps",
+}
+"""Fields of OPTConfig, and what BERT's config.json calls them."""
+
+ENCODER = {
+    "self_attention.query": ("attention.self.query",),
+    "self_attention.key_value": ("attention.self.key", "attention.self.value"),
+    "self_attention.output": ("attention.output.dense",),
+    "self_norm": ("attention.output.LayerNorm",),
+    "feed_forward.0": ("intermediate.dense",),
+    "feed_forward.2": ("output.dense",),
+    "feed_norm": ("output.LayerNorm",),
+}
+"""Modules of our block, and those of BERT's layer whose weights lie in them, one below the other."""
+
+
+@dataclass(frozen=True)
+class BERT:
+    """What a folder holds. `settings`: the fields of OPTConfig that the weights fix, with their values."""
+
+    folder: Path
+    weights: Path
+    vocabulary: int
+    positions: int
+    settings: dict[str, Any]
+
+
+def describe(folder: Path) -> BERT:
+    """Read config.json. Raises UserError for a folder without a BERT, and for a network that is not quite BERT's."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a BERT's folder: config.json, weights and vocab.txt")
+    settings = read_json(path)
+    if not isinstance(settings, dict) or settings.get("model_type") != "bert":
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
+        raise UserError(f"{path}: model_type is {kind!r}; only 'bert' can be read (RoBERTa and others count positions "
+                        "and cut words otherwise); choose a BERT, or write that model_type where it is one")
+    rules = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
+             "add_cross_attention": False}
+    for name, wanted in rules.items():
+        if (value := settings.get(name, wanted)) != wanted:
+            raise UserError(f"{path}: {name} is {value!r}, OPT's encoder computes {wanted!r}; choose another BERT")
+    sizes = {**NAMES, "vocabulary": "vocab_size", "positions": "max_position_embeddings"}
+    values = {name: settings.get(theirs) for name, theirs in sizes.items()}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{path}: {sizes[name]} is {value!r}, expected a number above 0; copy the folder anew")
+    weights = next((path for name in ("model.safetensors", "pytorch_model.bin")
+                    if (path := folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; weights in one such file are "
+                        "needed")
+    return BERT(folder, weights, int(values.pop("vocabulary")), int(values.pop("positions")),
+                {**values, "post_norm": True})
+
+
+def fitted(config: OPTConfig, bert: BERT) -> OPTConfig:
+    """The configuration with the encoder's sizes and norms as BERT's weights need them (gap A17)."""
+    positions = min(config.text_positions, bert.positions)
+    return dataclasses.replace(config, **bert.settings, text_positions=positions)
+
+
+def begin(system: OPT, bert: BERT) -> tuple[str, ...]:
+    """Fill a new OPT with BERT's weights; returns the names of its parts that now hold them.
+
+    Rows of tokens that our tokenizer appended keep their fresh values. Token type 0 becomes the text's modality vector
+    and type 1, where there is one, the regions' (as UNITER has it).
+    Raises UserError, with nothing changed, where settings or words differ, or the file is not what config.json says.
+    """
+    _check_fit(system, bert)
+    weights = _Weights(bert)
+    state = {**_embeddings(weights, system), **_encoder(weights, bert.settings["layers"]), **_heads(weights, system)}
+    ours = system.state_dict()
+    for name, tensor in state.items():
+        if tensor.shape != ours[name].shape:
+            raise UserError(f"{bert.weights}: what belongs to {name} has shape {tuple(tensor.shape)}, expected "
+                            f"{tuple(ours[name].shape)} by config.json; copy the folder anew")
+    system.load_state_dict(state, strict=False)
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in state))
+
+
+def _check_fit(system: OPT, bert: BERT) -> None:
+    """Settings and words against BERT's. Raises UserError that names every option to change."""
+    wanted = fitted(system.config, bert)
+    names = [field.name for field in dataclasses.fields(OPTConfig)]
+    wrong = [name for name in names if getattr(wanted, name) != getattr(system.config, name)]
+    if wrong:
+        found = ", ".join(f"{name} {getattr(system.config, name)}" for name in wrong)
+        options = " ".join(_option(name, getattr(wanted, name)) for name in wrong)
+        raise UserError(f"the weights in {bert.folder} do not fit a model with {found}; give {options}")
+    words = system.tokenizer.size - len(_appended(system, bert))
+    if words != bert.vocabulary:
+        raise UserError(f"{bert.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has {words:,}; "
+                        "give the vocabulary that the weights were trained with")
+
+
+def _option(name: str, value: Any) -> str:
+    option = f"--model.{name.replace('_', '-')}"
+    return option if value is True else f"{option} {value}"
+
+
+def _appended(system: OPT, bert: BERT) -> list[int]:
+    """Ids of the special tokens that our tokenizer added behind BERT's own."""
+    ids = [getattr(system.tokenizer, name.strip("[]").lower()) for name in SPECIALS]
+    return [number for number in ids if number >= bert.vocabulary]
+
+
+class _Weights:
+    """Tensors by BertModel's names, with or without `bert.` before them; LayerNorm's old names too. All float32."""
+
+    def __init__(self, bert: BERT) -> None:
+        self.path = bert.weights
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in _read(bert.weights).items():
+            name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+            self.tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise UserError(f"{self.path} holds no {name}, which a BERT has; copy the folder anew")
+        return self.tensors[name]
+
+    def layer(self, ours: str, *theirs: str) -> dict[str, Tensor]:
+        """Weight and bias of one module of ours, from those of `theirs`, one below the other."""
+        return {f"{ours}.{kind}": torch.cat([self[f"{name}.{kind}"] for name in theirs]) for kind in ("weight", "bias")}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file. Nothing but tensors is unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} holds no weights that can be read ({reason}); copy the folder anew") from error
+
+
+def _embeddings(weights: _Weights, system: OPT) -> dict[str, Tensor]:
+    words, fresh = weights["embeddings.word_embeddings.weight"], system.text.token.weight.detach().cpu()
+    types = weights["embeddings.token_type_embeddings.weight"]
+    return {
+        "text.token.weight": torch.cat([words, fresh[len(words):]]),
+        "text.position.weight": weights["embeddings.position_embeddings.weight"][: system.config.text_positions],
+        "text.modality": types[0],
+        **({"regions.modality": types[1]} if len(types) > 1 else {}),
+        **weights.layer("text.norm", "embeddings.LayerNorm"),
+    }
+
+
+def _encoder(weights: _Weights, layers: int) -> dict[str, Tensor]:
+    return {
+        name: tensor for number in range(layers) for ours, theirs in ENCODER.items()
+        for name, tensor in weights.layer(f"encoder.blocks.{number}.{ours}",
+                                          *(f"encoder.layer.{number}.{part}" for part in theirs)).items()
+    }
+
+
+def _heads(weights: _Weights, system: OPT) -> dict[str, Tensor]:
+    """Pooler and word head, where the checkpoint has them. Raises UserError for a head with word vectors of its own."""
+    state = weights.layer("pooler.linear", "pooler.dense") if "pooler.dense.weight" in weights.tensors else {}
+    head = "cls.predictions"
+    if f"{head}.bias" not in weights.tensors:
+        return state
+    table = weights.tensors.get(f"{head}.decoder.weight")
+    if table is not None and not torch.equal(table, weights["embeddings.word_embeddings.weight"]):
+        raise UserError(f"{weights.path}: its word head has word vectors of its own, OPT's shares the encoder's; "
+                        "choose a BERT with tied word vectors")
+    bias, fresh = weights[f"{head}.bias"], system.word_head.bias.detach().cpu()
+    return {
+        **state,
+        **weights.layer("word_head.transform", f"{head}.transform.dense"),
+        **weights.layer("word_head.norm", f"{head}.transform.LayerNorm"),
+        "word_head.bias": torch.cat([bias, fresh[len(bias):]]),
+    }
