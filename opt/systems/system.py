@@ -174,6 +174,11 @@ class System(nn.Module):
     def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
         """Moves twins, queues and clamps, once per optimizer step. Nothing to move by default."""
 
+    def illustrate(self, batch: Batch) -> Tensor | None:
+        """A picture of what has been learned, uint8 (height, width, 3) on any device; drawn when a state is saved, in
+        evaluation mode. None by default: there is nothing to see."""
+        return None
+
     def embed(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
         """Unit vectors (B, E) float32 in the space all modalities share; several modalities make one query."""
         raise self._cannot("embed")
