@@ -8,6 +8,7 @@ that N + M steps equal N steps, a stop, and M more, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from opt.data.batch import Batch
 from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
+from opt.distributed import sum_over_ranks
 from opt.objectives.term import Term, loss
 from opt.progress import progress
 from opt.recipe import LoopConfig, OptimConfig
@@ -77,6 +79,7 @@ class Trainer:
         rate = learning_rate(self.step, self.loop.steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        batch = dataclasses.replace(batch, counts=sum_over_ranks(batch.counts))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             output = self.system(batch, Progress(self.step, self.step / self.loop.steps))
         total = loss(output.terms)

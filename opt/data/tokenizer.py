@@ -1,7 +1,8 @@
-"""Tokenizer: text -> ids and back. WordPiece over lower-case words and punctuation marks, as BERT has it.
+"""Tokenizer: text -> ids and back. WordPiece over words and punctuation marks, as BERT has it.
 
-The vocabulary is trained on captions or read from a `vocab.txt`; it travels with a checkpoint as `tokenizer.json`,
-which the `tokenizers` and `transformers` libraries read too. Special tokens are named here and nowhere else; a text
+The vocabulary is trained on captions (lower-case) or read from a BERT's files (in lower case without accents, or
+cased, as they are); it travels with a checkpoint as `tokenizer.json`, which the `tokenizers` and `transformers`
+libraries read too. Special tokens are named here and nowhere else; a text
 that spells one out ("[MASK]") is split into ordinary pieces and never becomes one.
 """
 
@@ -13,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from opt.config import UserError
+from opt.config import UserError, read_json
 from opt.files import write_atomic
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
@@ -35,7 +37,7 @@ JOINS = [
 
 
 class Tokenizer:
-    """Made by `train`, `from_vocab` or `load`. Picklable."""
+    """Made by `train`, `from_vocab`, `from_bert` or `load`. Picklable."""
 
     def __init__(self, pieces: tokenizers.Tokenizer) -> None:
         self._pieces = pieces
@@ -73,7 +75,9 @@ class Tokenizer:
     def from_vocab(cls, path: Path) -> Tokenizer:
         """From a BERT `vocab.txt`, one token a line, the line's number its id.
 
-        Special tokens that it lacks ([BOS] and [EOS] in BERT's own) are appended after the last id.
+        Text is lower-cased and loses its accents, or stays as it is, by `do_lower_case` of the tokenizer_config.json
+        beside the file; without one it stays as it is when any line holds an upper-case letter outside [brackets].
+        Special tokens that the file lacks ([BOS] and [EOS] in BERT's own) are appended after the last id.
         """
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a vocab.txt with one token a line")
@@ -84,9 +88,31 @@ class Tokenizer:
         repeated = [token for token, count in Counter(lines).items() if count > 1]
         if repeated:
             raise UserError(f"{path}: token {repeated[0]!r} stands there twice; each line must be another token")
-        if "[UNK]" not in lines or not {*lines} - {*SPECIALS, ""}:
+        return cls._from_tokens(lines, _lower_case(path, lines), path)
+
+    @classmethod
+    def from_bert(cls, folder: Path) -> Tokenizer:
+        """From a BERT's folder: its vocab.txt, or the tokenizer.json that newer ones have instead."""
+        path = folder / FILE
+        if (folder / "vocab.txt").is_file() or not path.is_file():
+            return cls.from_vocab(folder / "vocab.txt")
+        definition = read_json(path)
+        try:
+            vocabulary, normalizer = definition["model"]["vocab"], definition["normalizer"]
+            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+            if definition["model"]["type"] != "WordPiece" or sorted(vocabulary.values()) != [*range(len(tokens))]:
+                raise ValueError("it must hold WordPiece with ids 0, 1, 2, ...")
+            lower = _normalizer(normalizer["lowercase"], normalizer["strip_accents"],
+                                normalizer["handle_chinese_chars"], path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is no tokenizer of BERT's form ({error}); give one with a vocab.txt") from error
+        return cls._from_tokens(tokens, lower, path)
+
+    @classmethod
+    def _from_tokens(cls, tokens: list[str], lower_case: bool, path: Path) -> Tokenizer:
+        if "[UNK]" not in tokens or not {*tokens} - {*SPECIALS, ""}:
             raise UserError(f"{path} is no vocabulary of BERT's form: it needs a line [UNK], and lines of words")
-        return cls(_bert([*lines, *(name for name in SPECIALS if name not in lines)]))
+        return cls(_bert([*tokens, *(name for name in SPECIALS if name not in tokens)], lower_case))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -174,14 +200,36 @@ class Tokenizer:
         return number
 
 
-def _bert(tokens: list[str]) -> tokenizers.Tokenizer:
-    """BERT's lower-case WordPiece over the given tokens, a token's place its id."""
+def _bert(tokens: list[str], lower_case: bool = True) -> tokenizers.Tokenizer:
+    """BERT's WordPiece over the given tokens, a token's place its id. lower_case: accents go too."""
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pieces = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pieces.decoder = decoders.WordPiece(cleanup=False)
     return pieces
+
+
+def _lower_case(path: Path, tokens: list[str]) -> bool:
+    """Whether a vocab.txt is meant for lower-cased text (the rule of `from_vocab`)."""
+    beside = path.with_name("tokenizer_config.json")
+    settings = read_json(beside) if beside.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{beside} is damaged, it holds no names with values; delete it or put back a whole one")
+    lower = settings.get("do_lower_case")
+    if lower is None:
+        lower = all(token == token.lower() or re.fullmatch(r"\[.+\]", token) for token in tokens)
+    return _normalizer(lower, settings.get("strip_accents"), settings.get("tokenize_chinese_chars"), beside)
+
+
+def _normalizer(lower_case: Any, strip_accents: Any, chinese: Any, path: Path) -> bool:
+    """`lower_case`, where the other two settings are BERT's own. Raises UserError where they are not."""
+    if not isinstance(lower_case, bool) or strip_accents not in (None, lower_case) or chinese not in (None, True):
+        raise UserError(
+            f"{path}: lower case {lower_case}, without accents {strip_accents}, Chinese characters apart {chinese}; "
+            "words are read as BERT's own models do: the first two both or neither, and the third; choose such a model"
+        )
+    return lower_case
 
 
 def _words(pieces: tokenizers.Tokenizer, text: str) -> list[str]:

@@ -70,7 +70,7 @@ def describe(folder: Path) -> BERT:
         if (value := settings.get(name, wanted)) != wanted:
             raise UserError(f"{path}: {name} is {value!r}, OPT's encoder computes {wanted!r}; choose another BERT")
     sizes = {**NAMES, "vocabulary": "vocab_size", "positions": "max_position_embeddings"}
-    values = {name: settings.get(theirs) for name, theirs in sizes.items()}
+    values: dict[str, Any] = {name: settings.get(theirs) for name, theirs in sizes.items()}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{path}: {sizes[name]} is {value!r}, expected a number above 0; copy the folder anew")
@@ -117,21 +117,16 @@ def _check_fit(system: OPT, bert: BERT) -> None:
         found = ", ".join(f"{name} {getattr(system.config, name)}" for name in wrong)
         options = " ".join(_option(name, getattr(wanted, name)) for name in wrong)
         raise UserError(f"the weights in {bert.folder} do not fit a model with {found}; give {options}")
-    words = system.tokenizer.size - len(_appended(system, bert))
-    if words != bert.vocabulary:
-        raise UserError(f"{bert.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has {words:,}; "
-                        "give the vocabulary that the weights were trained with")
+    tokenizer = system.tokenizer
+    appended = [name for name in SPECIALS if getattr(tokenizer, name.strip("[]").lower()) >= bert.vocabulary]
+    if tokenizer.size != bert.vocabulary + len(appended):
+        raise UserError(f"{bert.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has "
+                        f"{tokenizer.size:,} with [BOS] and [EOS] added; give the one the weights were trained with")
 
 
 def _option(name: str, value: Any) -> str:
     option = f"--model.{name.replace('_', '-')}"
     return option if value is True else f"{option} {value}"
-
-
-def _appended(system: OPT, bert: BERT) -> list[int]:
-    """Ids of the special tokens that our tokenizer added behind BERT's own."""
-    ids = [getattr(system.tokenizer, name.strip("[]").lower()) for name in SPECIALS]
-    return [number for number in ids if number >= bert.vocabulary]
 
 
 class _Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import pickle
 import random
@@ -144,3 +145,73 @@ def test_ids_equal_those_of_transformers() -> None:
     theirs = transformers.BertTokenizer(vocab=str(vocabulary_file()), do_lower_case=True)
     expected = theirs(captions, add_special_tokens=False)["input_ids"]
     assert [tokenizer.encode(caption).tolist() for caption in captions] == expected
+
+
+LOWER = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+         "naive", "cafe", "the", "##s", "##re", "i", "'", "!",
+         "u", "##ni", "don", "t", "漢", "字", "-", ".", "red", "x", "##x", "…", "“", "a", "strasse",
+         "straße", "istanbul", "##code"]
+CASED = [*LOWER, "Naïve", "Café", "The", "RED", "X", "É", "é", "İ", "##É", "Straße", "##S"]
+TRICKY = ["The naïve Café, the cafés!", "RED red Red", "Don't — “the” RED-the…", "漢字x漢 X漢X",
+          "ÜNİ\tunİ\u00a0the\u200bred", "É é E\u0301 e\u0301", "Straße STRASSE strasse", "xxxxS" * 30, "",
+          "\x00a\ufffd \n a", "ﬁ Ａ ａ", "🙂the", "İstanbul i̇", "a" * 101]
+
+
+def bert_folder(folder: Path, lines: list[str], settings: dict[str, object] | None) -> Path:
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(("lines", "settings", "lower"), [
+    (LOWER, None, True), (CASED, None, False),
+    (LOWER, {"do_lower_case": False}, False), (CASED, {"do_lower_case": True}, True),
+    (CASED, {"model_max_length": 512}, False), (LOWER, {"do_lower_case": True, "strip_accents": None}, True),
+])
+def test_cased_and_lower_case_ids_equal_those_of_transformers(
+    tmp_path: Path, lines: list[str], settings: dict[str, object] | None, lower: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = bert_folder(tmp_path, lines, settings)
+    path = str(folder / "vocab.txt")
+    for theirs in (transformers.BertTokenizer(path, do_lower_case=lower),
+                   transformers.BertTokenizerFast(path, do_lower_case=lower)):
+        expected = theirs(TRICKY, add_special_tokens=False)["input_ids"]
+        for tokenizer in (Tokenizer.from_vocab(folder / "vocab.txt"), Tokenizer.from_bert(folder)):
+            assert [tokenizer.encode(text).tolist() for text in TRICKY] == expected
+    assert len({tuple(tokenizer.encode(text)) for text in ("RED", "red")}) == (1 if lower else 2)
+    assert not np.isin(tokenizer.encode("[MASK] red [SEP]"), [tokenizer.mask, tokenizer.sep]).any()
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_folder_with_tokenizer_json_alone(tmp_path: Path, lower: bool) -> None:
+    """As transformers 5 saves it."""
+    transformers = pytest.importorskip("transformers")
+    folder = bert_folder(tmp_path, CASED, {"do_lower_case": lower})
+    theirs = transformers.BertTokenizer(str(folder / "vocab.txt"), do_lower_case=lower)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "vocab.txt").exists()
+    assert Tokenizer.from_bert(tmp_path / "saved").fingerprint == Tokenizer.from_bert(folder).fingerprint
+    content = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    for changed in ({**content, "normalizer": None}, {**content, "model": {"type": "BPE", "vocab": {"a": 0}}}, []):
+        (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="no tokenizer of BERT's form"):
+            Tokenizer.from_bert(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("settings", [
+    {"do_lower_case": False, "strip_accents": True}, {"do_lower_case": True, "strip_accents": False},
+    {"do_lower_case": True, "tokenize_chinese_chars": False}, {"do_lower_case": "yes"}, ["do_lower_case"],
+])
+def test_other_normalisation_than_berts_is_refused(tmp_path: Path, settings: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        Tokenizer.from_vocab(bert_folder(tmp_path, LOWER, settings) / "vocab.txt")
+
+
+def test_a_cased_tokenizer_travels(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_vocab(bert_folder(tmp_path, CASED, None) / "vocab.txt")
+    tokenizer.save(tmp_path)
+    for copy in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert [copy.encode(text).tolist() for text in TRICKY] == [tokenizer.encode(text).tolist() for text in TRICKY]
+    assert tokenizer.decode(tokenizer.encode("The Naïve RED")) == "The Naïve RED"
