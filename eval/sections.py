@@ -39,7 +39,7 @@ GAINS = {
     **{f"classify.gain_over.{name}": f"all three − {name} alone" for name in ("text", "image", "audio")},
 }
 """Paired differences, in words."""
-RAW = {"text": "words, counted", "image": "regions, mean", "audio": "frames, mean"}
+RAW = {"text": "word counts", "image": "mean region", "audio": "mean frame"}
 """Raw features that are probed without any model."""
 SAMPLES = 12
 """Cards in the gallery; the result files hold more."""
@@ -280,7 +280,7 @@ def _added(metrics: Sequence[Metric]) -> Markup:
         ends = element("span", percent_range(metric.interval), class_="range")
         cells.setdefault(new, []).append(element("td", f"to {' + '.join(less)}: ", value, ends))
     rows = [element("tr", element("td", f"+ {name}"), row) for name, row in cells.items()]
-    labels = {metric.name: f"{' + '.join(metric.modalities)} − {_raw(metric)}" for metric in models}
+    labels = {metric.name: f"{' + '.join(metric.modalities)}, over {_raw(metric)}" for metric in models}
     more = element("h3", "What the model adds to its raw features, in points")
     return joined([
         [element("h3", "What each modality adds, in points"), table(["", "", "", ""], rows)] if rows else None,

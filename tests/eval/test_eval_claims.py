@@ -183,7 +183,7 @@ def test_the_page_shows_gains_as_differences_and_baselines_beside_the_model(make
     write_result(Result("retrieval", tuple(retrieval.measure(make_task((6, 1)), config)[0]), PROVENANCE, 1.0), folder)
     report(ReportConfig(tmp_path / "run"))
     page = (tmp_path / "run" / "report.html").read_text()
-    for words in ("no model: regions, mean", "What each modality adds", "to image + audio: ", "What the picture spares",
+    for words in ("no model: mean region", "What each modality adds", "to image + audio: ", "What the picture spares",
                   "What the recording adds to the caption", "What the model adds to its raw features"):  # fmt: skip
         assert words in page, words
     assert "classify.gain" not in page and "retrieval.gain" not in page and "wer_gain" not in page
