@@ -27,7 +27,7 @@ from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.dvae import DVAE, DVAEConfig, base, tiny
 from opt.systems.opt import OPT
 from opt.systems.opt import tiny as opt_tiny
-from opt.systems.system import Progress
+from opt.systems.system import Output, Progress
 from pretrain.run import PretrainConfig, pretrain
 from pretrain.trainer import Trainer
 
@@ -176,15 +176,20 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
 def test_drawing_pictures_leaves_training_as_it_was(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Often saved and seldom saved end alike, even where drawing is random and modules behave otherwise in training."""
     pretrain(config(shards, tmp_path / "seldom", save_every=12))
-    seen = []
+    modes, forward = [], DVAE.forward
 
     def restless(self: DVAE, batch: Batch) -> torch.Tensor:
-        seen.append(self.training)
+        modes.append(self.training)
         return (256 * torch.rand(4, 4, 3)).to(torch.uint8)
 
+    def watched(self: DVAE, batch: Batch, progress: Progress) -> Output:
+        modes.append(self.training)
+        return forward(self, batch, progress)
+
     monkeypatch.setattr(DVAE, "illustrate", restless)
+    monkeypatch.setattr(DVAE, "forward", watched)
     pretrain(config(shards, tmp_path / "often", save_every=1))
-    assert seen == [False] * 12
+    assert modes == [True, False] * 12
     seldom, often = (from_pretrained(tmp_path / run / "model").state_dict() for run in ("seldom", "often"))
     assert all(torch.equal(seldom[name], often[name]) for name in seldom)
 
