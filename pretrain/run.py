@@ -73,6 +73,7 @@ def pretrain(config: PretrainConfig) -> None:
     """Train a system on shards; run the same command again to go on after any stop.
 
     Example: opt pretrain opt.tiny --shards runs/shards/train --out runs/first --loop.steps 500
+
     From BERT: opt pretrain opt.paper --start bert:bert-base-uncased --shards runs/shards/train --out runs/paper
     """
     check(config.loop)
