@@ -1,0 +1,198 @@
+"""One full training step of `opt.paper` on made-up samples of the paper's sizes: parameters, seconds, memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/paper_step.py [--tokens 10240] [--later 3]
+
+Shards of 100 regions x 2,048, about 60 words of 30,522, up to 256 frames x 768 and 64 of 8,192 codes a sample are
+written to a temporary folder, read by the loader, and the trainer takes its own steps: all six tasks, forward,
+backward, clipping, Adam. On CUDA where there is one. Prints one JSON line; `later` steps repeat the first one's batch.
+On a CPU shares are of CPU seconds, so that programs beside it do not count; `wall_seconds` are what a clock shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opt.data.batch import Batch, Writing
+from opt.data.loader import Loader
+from opt.data.manifest import shard_name, write_manifest
+from opt.data.record import Narration, Picture, Record
+from opt.data.shards import ShardReader, ShardWriter
+from opt.data.tokenizer import SPECIALS, Tokenizer
+from opt.objectives.term import loss
+from opt.systems.opt import OPT, paper, small, tiny
+from opt.systems.system import DataFacts, Preset
+from pretrain.run import facts
+from pretrain.trainer import Trainer
+
+REGIONS, REGION_WIDTH, CLASSES, SPEECH_WIDTH, CODES = 100, 2048, 1600, 768, 8192
+DENSE_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+"""Peak operations a second of matrix products without sparsity, by the maker; by a part of the device's name."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=10_240, help="encoder tokens of a batch with nothing left out")
+    parser.add_argument("--later", type=int, default=3, help="steps after the first")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        print(json.dumps(measure(Path(name), arguments.tokens, arguments.later)))
+
+
+def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
+    """Everything that the JSON line says."""
+    preset, reader, words = paper(), made_up(folder), vocabulary(folder, paper().vocabulary_size)
+    torch.manual_seed(0)
+    system = OPT(preset.model, words, facts(reader.manifest))
+    loop = preset.loop.__class__(steps=preset.loop.steps, batch_tokens=tokens, workers=0)
+    trainer = Trainer(system, reader, folder / "run", loop, preset.optim)
+    batch = next(batch for batch, _ in Loader(reader, trainer.plan(), system.preparer(), workers=0)
+                 if all(float(count) > 0 for count in batch.counts.values()))
+    batch = batch.to(trainer.device)
+    before = memory(trainer.device)
+    losses, seconds, wall = [], [], []
+    for _ in range(1 + later):
+        began = time.perf_counter()
+        duration, (terms, _, _) = timed(lambda: trainer.train_step(batch), trainer.device)
+        losses.append(round(float(loss(terms).detach()), 3))
+        seconds.append(round(duration, 3))
+        wall.append(round(time.perf_counter() - began, 3))
+    typical, matmul = float(np.median(seconds[1:])), matrix_product(trainer.device)
+    needed, computed = flops(system, batch, every_context=False), flops(system, batch, every_context=True)
+    cuda = trainer.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    peak = next((value for part, value in DENSE_BF16.items() if cuda and part in device), None)
+    return {
+        "device": device, "torch": torch.__version__, "precision": "bfloat16" if trainer.bfloat16 else "float32",
+        "parameters": parameters(system), "small_parameters": total(small()), "tiny_parameters": total(tiny()),
+        "budget_tokens": tokens, "rows": len(batch.keys), "tokens": batch.tokens,
+        "encoder_tokens": len(batch.views["encoder"].gather),
+        "written_tokens": {name: len(writing.ids) for name, writing in batch.writings.items()},
+        "first_seconds": seconds[0], "later_seconds": seconds[1:], "wall_seconds": wall,
+        "tokens_per_second": round(batch.tokens / typical, 1), "losses": losses,
+        "memory_before_step_GiB": before, "peak_memory_GiB": memory(trainer.device),
+        "model_tflop": round(needed / 1e12, 3), "computed_tflop": round(computed / 1e12, 3),
+        "tflops": round(needed / typical / 1e12, 4), "matmul_tflops": round(matmul / 1e12, 4),
+        "share_of_matmul": round(needed / typical / matmul, 3),
+        "share_of_peak": round(needed / typical / peak, 3) if peak else None,
+    }
+
+
+def made_up(folder: Path) -> ShardReader:
+    """64 samples of the paper's sizes, of random numbers."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, shard_name(0)) as shard:
+        for number in range(64):
+            boxes = np.sort(rng.random((REGIONS, 2, 2), np.float32), axis=1).reshape(-1, 4)
+            picture = Picture(
+                640, 480, regions=rng.normal(size=(REGIONS, REGION_WIDTH)).astype(np.float16), boxes=boxes,
+                classes=rng.integers(CLASSES, size=REGIONS).astype(np.int16), scores=np.full(REGIONS, 0.9, np.float32),
+                codes=rng.integers(CODES, size=(8, 8)).astype(np.int16),
+            )
+            caption = " ".join(f"w{word}" for word in rng.integers(20_000, size=rng.integers(40, 81)))
+            speech = rng.normal(size=(rng.integers(128, 257), SPEECH_WIDTH)).astype(np.float16)
+            shard.write(Record(f"sample{number}", (picture,), (Narration("0", caption, speech, 7.0, len(speech) / 7),)))
+    write_manifest(folder, [shard_name(0)], {}, tuple(f"class{number}" for number in range(CLASSES)), CODES)
+    return ShardReader(folder)
+
+
+def vocabulary(folder: Path, size: int) -> Tokenizer:
+    """Words w0, w1, ... and the special tokens: `size` in all."""
+    words = [*SPECIALS, *(f"w{number}" for number in range(size - len(SPECIALS)))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return Tokenizer.from_vocab(folder / "vocab.txt")
+
+
+def parameters(system: OPT) -> dict[str, int]:
+    """Numbers of parameters by part, and in all. Word vectors are the text embedder's; head and decoder share them."""
+    parts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in system.named_children()}
+    return {**parts, "total": sum(parameter.numel() for parameter in system.parameters())}
+
+
+def total(preset: Preset) -> int:
+    """Parameters of a preset on the same features, with the largest vocabulary it trains."""
+    with tempfile.TemporaryDirectory() as name, torch.device("meta"):
+        words = vocabulary(Path(name), preset.vocabulary_size)
+        classes = tuple(f"class{number}" for number in range(CLASSES))
+        return parameters(OPT(preset.model, words, DataFacts(REGION_WIDTH, classes, SPEECH_WIDTH, 7.0, CODES)))["total"]
+
+
+def flops(system: OPT, batch: Batch, every_context: bool) -> float:
+    """Operations of the step's matrix products: 2 for each multiply-add, once forward and twice backward. With width D,
+    inner width I, N tokens in sequences of length L:
+
+        encoder  layers x [N (4 D^2 + 2 D I) + 2 D sum L^2]
+        decoder  layers x [W (6 D^2 + 2 D I) + C 2 D^2 + D sum l^2 + 2 D sum l c] + W D V
+
+    for W written tokens in rows of l, that look at C tokens in sequences of c; keys of a causal row count half.
+    every_context: keys and values as computed, of all N tokens, and not only of the C that are looked at.
+    Embedders and heads: inputs and targets times their matrices. Norms, softmax and the optimizer are left out.
+    """
+    config, facts, view = system.config, system.facts, batch.views["encoder"]
+    width, inner, tokens = config.width, config.inner, len(view.gather)
+    lengths = torch.diff(view.first.cpu(), append=torch.tensor([tokens])).double()
+    sums = config.layers * (tokens * (4 * width**2 + 2 * width * inner) + 2 * width * float((lengths**2).sum()))
+    for name, size in (("text", system.tokenizer.size), ("codes", facts.codebook)):
+        writing = batch.writings[name]
+        written, rows = len(writing.ids), rows_of(writing)
+        context = context_tokens(writing)
+        pairs = float((rows**2).sum()) + 2 * float(rows.mean()) * context
+        keys = tokens if every_context else context
+        sums += config.decoder_layers * (written * (6 * width**2 + 2 * width * inner) + 2 * keys * width**2
+                                         + width * pairs) + written * width * size
+    sums += width * (len(batch.regions.masked) * facts.region_width + len(batch.frames.masked) * facts.speech_width)
+    for name, outputs in (("mlm", width + system.tokenizer.size), ("frames", facts.speech_width), ("match", width + 5),
+                          ("regions", facts.region_width + len(facts.region_classes) + 1)):
+        sums += len(batch.targets[name].index) * width * outputs
+    return 3 * 2 * sums
+
+
+def rows_of(writing: Writing) -> torch.Tensor:
+    """Length of each written row, float64."""
+    starts = torch.nonzero(writing.positions.cpu() == 0).flatten()
+    return torch.diff(starts, append=torch.tensor([len(writing.ids)])).double()
+
+
+def context_tokens(writing: Writing) -> int:
+    """Encoder tokens that all written rows look at."""
+    return sum(int(bucket.valid.sum()) if bucket.valid is not None else bucket.keys.stop - bucket.keys.start
+               for bucket in writing.context.buckets)
+
+
+def matrix_product(device: torch.device) -> float:
+    """Operations a second of a large bfloat16 matrix product on the same device and threads, the best of ten."""
+    size = (4096, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
+    left, right = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in (size[:2], size[1:]))
+    return 2 * float(np.prod(size)) / min(timed(lambda: left @ right, device)[0] for _ in range(10))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call, and what it returned: seconds of the clock on CUDA, of the process on a CPU."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = clock()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began, result
+
+
+def memory(device: torch.device) -> float:
+    """The most held so far, GiB: allocated on CUDA, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+if __name__ == "__main__":
+    main()
