@@ -28,6 +28,8 @@ class CaptionConfig(EvalConfig):
 
     labels: Path | None = None
     """Objects that are truly in each picture: lines {"image_id": ..., "labels": ["red circle", ...]}."""
+    sampling: Sampling = Sampling()
+    """How the text is searched for: --sampling.beams 4 keeps four hypotheses under way."""
 
 
 def caption(config: CaptionConfig) -> None:
@@ -50,7 +52,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
     if truth and not labelled.any():
         raise UserError(f"{config.labels} has labels for none of the {len(numbers)} pictures of these shards")
     texts = task.batches(
-        numbers, lambda samples: task.system.generate_text(samples, ("image",), Sampling()), "describe pictures"
+        numbers, lambda samples: task.system.generate_text(samples, ("image",), config.sampling), "describe pictures"
     )
     written = dict(zip(numbers.tolist(), texts, strict=True))
     metrics: list[Metric] = []
@@ -58,7 +60,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
     if truth:
         finder = LabelFinder({label for labels in truth.values() for label in labels})
         named = {number: finder.find(text) for number, text in written.items()}
-        metrics += _objects(task, numbers[labelled], named, truth)
+        metrics += _objects(task, numbers[labelled], named, truth, config.sampling.for_text().protocol)
         if len(metrics) < len(OBJECT_METRICS):
             absent[OBJECT_METRICS[1]] = "no caption names a labelled object"
     else:
@@ -66,7 +68,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
     references = _references(task)
     told = np.array([number for number in numbers if split.groups[number] in references], np.int64)
     if len(told):
-        metrics.append(_word_overlap(task, told, written, references))
+        metrics.append(_word_overlap(task, told, written, references, config.sampling.for_text().protocol))
     else:
         absent["caption.word_f1"] = "the shards hold no caption beside a picture"
     return metrics, absent, [
@@ -82,7 +84,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
 
 
 def _objects(
-    task: Task, numbers: np.ndarray, named: dict[int, frozenset[str]], truth: dict[str, frozenset[str]]
+    task: Task, numbers: np.ndarray, named: dict[int, frozenset[str]], truth: dict[str, frozenset[str]], protocol: str
 ) -> list[Metric]:
     """Share of captions that name at least one object rightly, and share of the named objects that are there."""
     there = [truth[task.split.keys[number]] for number in numbers]
@@ -101,17 +103,19 @@ def _objects(
     metrics = [
         measured(
             OBJECT_METRICS[0], (right > 0).astype(float), seed, chance=float((guessed > 0).mean()),
-            note=f"{none} of {len(numbers)} captions name no labelled object", **about,
+            note=f"{none} of {len(numbers)} captions name no labelled object; {protocol}", **about,
         )
     ]  # fmt: skip
     if said.sum():
         chance = float(guessed.sum() / max(offered.sum(), 1))
-        note = f"of {said.sum()} named objects"
+        note = f"of {said.sum()} named objects; {protocol}"
         metrics.append(measured(OBJECT_METRICS[1], right, seed, sizes=said, chance=chance, note=note, **about))
     return metrics
 
 
-def _word_overlap(task: Task, numbers: np.ndarray, written: dict[int, str], references: dict[int, list[str]]) -> Metric:
+def _word_overlap(
+    task: Task, numbers: np.ndarray, written: dict[int, str], references: dict[int, list[str]], protocol: str
+) -> Metric:
     groups = task.split.groups
     others = task.strangers(numbers)
     plain = {group: [normalise(text) for text in texts] for group, texts in references.items()}
@@ -127,7 +131,7 @@ def _word_overlap(task: Task, numbers: np.ndarray, written: dict[int, str], refe
         modalities=("image",),
         direction="image -> text",
         normaliser=NORMALISER,
-        note="F1 of words with their counts, best reference; greedy decoding",
+        note=f"F1 of words with their counts, best reference; {protocol}",
     )
 
 

@@ -1,6 +1,6 @@
 """Pictures from captions: codes drawn from text alone, decoded to pixels, and looked at by the region detector.
 
-    captions --system.generate_codes, top-k--> (8, 8) codes --code extractor--> 64 x 64 pixels --detector--> class names
+    captions --system.generate_codes--> (8, 8) codes --code extractor--> 64 x 64 pixels --detector--> class names
                                                                  is an object that the caption names among them?
 
 The same question is put to the true picture decoded from its own codes, to the stored picture, and to the generated
@@ -48,10 +48,8 @@ class TextToImageConfig(EvalConfig):
 
     pictures: int = 100
     """Draw at most so many pictures, one for the first caption of each key."""
-    top_k: int = 32
-    """Codes are drawn among so many likeliest ones."""
-    temperature: float = 1.0
-    """Below 1 the likeliest codes are drawn more often."""
+    sampling: Sampling = Sampling()
+    """How codes are drawn: by default among the 32 likeliest."""
     confidence: float = 0.5
     """The detector's least score for an object to count as found."""
 
@@ -59,14 +57,12 @@ class TextToImageConfig(EvalConfig):
 def text_to_image(config: TextToImageConfig) -> None:
     """Draw pictures from captions: in how many does the detector find an object that the caption names?
 
-    Example: opt eval text-to-image runs/demo/model runs/demo/shards/test --top-k 32
+    Example: opt eval text-to-image runs/demo/model runs/demo/shards/test --sampling.top-k 32
     """
     if not 0 <= config.confidence <= 1:
         raise UserError(f"--confidence {config.confidence} must lie in 0 to 1")
     if config.pictures < 1:
         raise UserError(f"--pictures {config.pictures} must be at least 1")
-    if config.top_k < 1 or not 0 < config.temperature < float("inf"):
-        raise UserError(f"--top-k {config.top_k} must be at least 1 and --temperature {config.temperature} above 0")
     task = open_task("text_to_image", "text-to-image", config)
     manifest = task.split.reader.manifest
     if not task.system.facts.codebook:
@@ -100,10 +96,9 @@ def measure(
     numbers = split.one_a_picture(split.with_all(("text",)))[: config.pictures]
     if not len(numbers):
         raise UserError("nothing to draw: the shards hold no caption")
-    sampling = Sampling(top_k=config.top_k, temperature=config.temperature, seed=config.seed)
 
     def draw(samples: list[Sample]) -> Sequence[Image.Image]:
-        return decoder(task.system.generate_codes(samples, ("text",), sampling).cpu().numpy())
+        return decoder(task.system.generate_codes(samples, ("text",), config.sampling).cpu().numpy())
 
     drawn = dict(zip(numbers.tolist(), task.batches(numbers, draw, "draw pictures"), strict=True))
     decoded, stored = _true_pictures(task, numbers, decoder)
@@ -152,7 +147,7 @@ def _object_found(
         modalities=("text",) if name == FOUND else ("image",),
         direction="text -> image",
         normaliser=f"detector score of at least {config.confidence}; noun and modifiers in one noun phrase",
-        note=f"top-{config.top_k} sampling at temperature {config.temperature}" if name == FOUND else "",
+        note=config.sampling.for_codes().protocol if name == FOUND else "",
     )
 
 

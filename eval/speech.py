@@ -22,6 +22,7 @@ from opt.systems.system import Sampling
 
 GIVEN = {"transcribe.wer": ("audio",), "transcribe.wer_image_audio": ("image", "audio")}
 GAIN = "transcribe.wer_gain.image"
+GREEDY = Sampling()
 TRANSCRIPTS = "transcripts.jsonl"
 """In the results' folder: {"sample": number in the shards, "key", "reference", and a hypothesis by what was given}."""
 
@@ -30,6 +31,9 @@ TRANSCRIPTS = "transcripts.jsonl"
 class TranscribeConfig(EvalConfig):
     """Options of `opt eval transcribe`."""
 
+    sampling: Sampling = GREEDY
+    """How the text is searched for: --sampling.beams 4 keeps four hypotheses under way."""
+
 
 def transcribe(config: TranscribeConfig) -> None:
     """Write down what is said, from the recording alone and with its picture: word error rate.
@@ -37,10 +41,10 @@ def transcribe(config: TranscribeConfig) -> None:
     Example: opt eval transcribe runs/demo/model runs/demo/shards/test
     """
     task = open_task("transcribe", "transcribe", config)
-    task.finish(*measure(task))
+    task.finish(*measure(task, config.sampling))
 
 
-def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task, sampling: Sampling = GREEDY) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
     """Metrics, absent ones with reasons, and examples. Raises UserError when no recording has a transcript."""
     numbers = task.split.with_all(("text", "audio"))
     references = {number: normalise(task.split.captions[number] or "") for number in numbers}
@@ -56,9 +60,11 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
         if not len(some):
             absent[name] = "the shards hold no picture with speech"
             continue
-        texts = _transcripts(task, given, some)
+        texts = _transcripts(task, given, some, sampling)
         hypotheses[given] = dict(zip(some.tolist(), texts, strict=True))
-        metrics.append(_word_error_rate(task, name, given, some, references, hypotheses[given], dropped))
+        left_out = f"{dropped} recordings without words left out; " if dropped else ""
+        note = left_out + sampling.for_text().protocol
+        metrics.append(_word_error_rate(task, name, given, some, references, hypotheses[given], note))
     if len(hypotheses) == len(GIVEN):
         metrics.append(_gain_of_picture(task, references, hypotheses, dropped))
     else:
@@ -68,9 +74,9 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
     return metrics, absent, [_example(task, int(number), hypotheses) for number in shown]
 
 
-def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray) -> list[str]:
+def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray, sampling: Sampling) -> list[str]:
     def write(samples: list[Sample]) -> list[str]:
-        return task.system.generate_text(samples, given, Sampling())
+        return task.system.generate_text(samples, given, sampling)
 
     return task.batches(numbers, write, f"transcribe from {' + '.join(given)}")
 
@@ -82,7 +88,7 @@ def _word_error_rate(
     numbers: np.ndarray,
     references: dict[int, str],
     hypotheses: dict[int, str],
-    dropped: int,
+    note: str,
 ) -> Metric:
     """Corpus WER, beside that of captions handed to the wrong recordings."""
     words = np.array([len(references[number].split()) for number in numbers])
@@ -103,7 +109,7 @@ def _word_error_rate(
         modalities=given,
         direction=f"{' + '.join(given)} -> text",
         normaliser=NORMALISER,
-        note=f"{dropped} recordings without words left out; greedy decoding" if dropped else "greedy decoding",
+        note=note,
     )
 
 

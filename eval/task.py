@@ -7,6 +7,7 @@ Each verb brings its own `measure`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ class EvalConfig:
     batch: int = 64
     """Samples in one call of the model: speed and memory."""
     seed: int = 0
-    """Seed of bootstrap intervals, chance levels and sampling."""
+    """Seed of bootstrap intervals and chance levels."""
 
 
 class Split:
@@ -184,7 +185,7 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
         split_sha256=reader.fingerprint,
         samples=len(split),
         seed=config.seed,
-        command=command_line(verb, config),
+        command=_command(verb, config),
         code_version=code_version(),
         tiny_networks=tiny_networks(reader.manifest.extractors),
         extractors=reader.manifest.extractors,
@@ -192,6 +193,20 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
     folder = config.out or config.model.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return Task(name, system, split, folder, config.batch, provenance, began)
+
+
+def _command(verb: str, config: EvalConfig) -> str:
+    """`command_line`, with what is changed of options in groups: `--sampling.beams 4`."""
+    groups: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(config) if dataclasses.is_dataclass(field.default)
+    }
+    changed = [
+        f"--{group}.{inner.name.replace('_', '-')} {getattr(getattr(config, group), inner.name)}"
+        for group, usual in groups.items()
+        for inner in dataclasses.fields(usual)
+        if getattr(getattr(config, group), inner.name) != getattr(usual, inner.name)
+    ]
+    return " ".join([command_line(verb, dataclasses.replace(config, **groups)), *changed])
 
 
 def open_split(folder: Path, limit: int | None, system: System) -> Split:

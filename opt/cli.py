@@ -37,6 +37,7 @@ VERBS = {
     "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
     "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions or questions"),
+    "generate": Verb("eval.generate:generate", "describe, transcribe or draw from your own files"),
     "eval retrieval": Verb("eval.retrieval:retrieval", "search between pictures, text and speech: recall at 1, 5, 10"),
     "eval transcribe": Verb("eval.speech:transcribe", "write down what is said: word error rate"),
     "eval caption": Verb("eval.captioning:caption", "describe pictures in words"),

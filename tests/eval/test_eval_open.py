@@ -11,7 +11,7 @@ from eval.task import open_split, open_task
 from opt.checkpoint import save_pretrained
 from opt.cli import main
 from opt.config import UserError
-from opt.systems.system import build, load
+from opt.systems.system import Sampling, build, load
 
 
 def system(**facts):
@@ -56,7 +56,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(folders, tmp_p
     assert said.count("\n") == 1 and "transcribe from" not in said
 
 
-@pytest.mark.parametrize("change", [{"confidence": float("nan")}, {"confidence": 2.0}, {"pictures": 0}, {"top_k": 0}])
+def test_the_command_of_a_result_repeats_its_sampling(folders, tmp_path):
+    sampling = Sampling(beams=4, length_penalty=0.5)
+    task = open_task("transcribe", "transcribe", speech.TranscribeConfig(*folders, out=tmp_path, sampling=sampling))
+    assert task.provenance.command.endswith(f"--out {tmp_path} --sampling.beams 4 --sampling.length-penalty 0.5")
+
+
+@pytest.mark.parametrize("change", [{"confidence": float("nan")}, {"confidence": 2.0}, {"pictures": 0}])
 def test_options_of_drawing_out_of_range_are_refused(folders, tmp_path, change):
     config = image_generation.TextToImageConfig(*folders, out=tmp_path, **change)
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}"):

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from eval import captioning, classification, image_generation, speech
 from eval.result import Metric, Result, measured, read_result, write_result
 from opt.config import UserError
+from opt.systems.system import Sampling
 
 HERE = (Path("model"), Path("shards"))
 
@@ -32,6 +33,18 @@ def test_transcripts_are_scored_as_jiwer_does(make_task):
     assert found["transcribe.wer"].chance == pytest.approx(1 / 5)  # "number N" differs, nothing else
     assert examples[0]["reference"] == references[0] and len(examples) == 8
     assert examples[0]["hypotheses"]["audio"] == "Caption, number 0!"
+
+
+def test_a_figure_says_how_its_text_was_searched_for(make_task, tmp_path):
+    beams = Sampling(beams=4, length_penalty=0.5)
+    heard = by_name(speech.measure(make_task((3, 1)), beams)[0])
+    assert heard["transcribe.wer"].note == "beam search, 4 beams, length penalty 0.5"
+    config = captioning.CaptionConfig(*HERE, sampling=beams, labels=write_labels(tmp_path / "l", 3, lambda n: ["cat"]))
+    for name, metric in by_name(captioning.measure(make_task((3, 1)), config)[0]).items():
+        assert "beam search, 4 beams" in metric.note, name
+    drawing = image_generation.TextToImageConfig(*HERE, sampling=Sampling(top_p=0.9, seed=3))
+    drawn = image_generation.measure(make_task((3, 1)), drawing, ["number 1"], decode, detect)[0]
+    assert drawn[0].note == "top-32 sampling from the nucleus of 0.9 at temperature 1, seed 3"
 
 
 def test_transcription_without_speech_is_a_sentence(make_task):
