@@ -104,11 +104,12 @@ class Attention(nn.Module):
         key, value = self.key_value(context).chunk(2, dim=-1)
         return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))
 
-    def step(self, hidden_BD: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, valid_BL: Tensor | None) -> Tensor:
-        """One query a sequence over cached keys and values: (B, D). valid_BL bool, True = may attend."""
-        query_BH1d = self.query(hidden_BD).unflatten(-1, (self.heads, -1)).unsqueeze(2)
+    def step(self, hidden_RD: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, valid_BL: Tensor | None) -> Tensor:
+        """One query a row over cached keys and values: (R, D). R is B, or B K where K rows beside each other share
+        theirs. valid_BL bool, True = may attend."""
+        query_BKHd = self.query(hidden_RD).unflatten(0, (len(key_BLHd), -1)).unflatten(-1, (self.heads, -1))
         mask = None if valid_BL is None else valid_BL[:, None, None, :]
-        output_BH1d = F.scaled_dot_product_attention(
-            query_BH1d, key_BLHd.transpose(1, 2), value_BLHd.transpose(1, 2), attn_mask=mask
+        output_BHKd = F.scaled_dot_product_attention(
+            query_BKHd.transpose(1, 2), key_BLHd.transpose(1, 2), value_BLHd.transpose(1, 2), attn_mask=mask
         )
-        return self.output(output_BH1d.flatten(1))
+        return self.output(output_BHKd.transpose(1, 2).reshape(hidden_RD.shape))

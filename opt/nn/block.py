@@ -19,8 +19,8 @@ from opt.nn.attention import Attention
 class BlockCache:
     """What a decoding step needs of one block, for R rows: the past, with room for all L steps; the context.
 
-    past_key, past_value (R, L, H, d), filled up to the step at hand. context_key, context_value (R, M, H, d), of which
-    context_valid (R, M) are real.
+    past_key, past_value (R, L, H, d), filled up to the step at hand. context_key, context_value (B, M, H, d), of which
+    context_valid (B, M) are real: a sample's rows share them.
     """
 
     past_key: Tensor
@@ -87,8 +87,7 @@ class Block(nn.Module):
         assert self.cross_attention is not None
         key_BMHd, value_BMHd = self.cross_attention.keys_values(context_BMD)
         past = key_BMHd.new_zeros(2, len(key_BMHd) * beams, length, *key_BMHd.shape[2:])
-        context = (each.repeat_interleave(beams, dim=0) for each in (key_BMHd, value_BMHd, context_valid_BM))
-        return BlockCache(past[0], past[1], *context)
+        return BlockCache(past[0], past[1], key_BMHd, value_BMHd, context_valid_BM)
 
     def step(self, hidden_RD: Tensor, position: int, cache: BlockCache) -> Tensor:
         """One new token a row: (R, D) -> (R, D); the cache takes it in at `position`."""
