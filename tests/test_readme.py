@@ -22,7 +22,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for line in blocks("sh")[0].strip().splitlines():
+        for line in "".join(blocks("sh")).strip().splitlines():
             words = shlex.split(line)
             assert words[:3] == ["python", "-m", "opt"]
             smaller = [SMALLER.get(before, word) for before, word in zip(words, words[1:], strict=False)][2:]
