@@ -16,6 +16,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
     system = OPT(preset.model, words, facts(reader.manifest))
     loop = preset.loop.__class__(steps=preset.loop.steps, batch_tokens=tokens, workers=0)
     trainer = Trainer(system, reader, folder / "run", loop, preset.optim)
-    batch = next(batch for batch, _ in Loader(reader, trainer.plan(), system.preparer(), workers=0)
-                 if all(float(count) > 0 for count in batch.counts.values()))
-    batch = batch.to(trainer.device)
+    loader = Loader(reader, trainer.plan(), system.preparer(), workers=0)
+    full = [batch for batch, _ in islice(loader, 6) if all(float(count) > 0 for count in batch.counts.values())]
+    batch = max(full, key=lambda batch: batch.tokens).to(trainer.device)  # an epoch's last batch is smaller
     before = memory(trainer.device)
     losses, seconds, wall = [], [], []
     for _ in range(1 + later):
