@@ -179,4 +179,5 @@ def _last_losses(folder: Path) -> Mapping[str, float]:
     """Mean of each term over the last tenth of the logged steps."""
     lines = [json.loads(line)["losses"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-max(1, len(lines) // 10) :]
-    return {name: round(float(np.mean([line[name] for line in last])), 4) for name in last[0]}
+    names = dict.fromkeys(name for line in last for name in line)
+    return {name: round(float(np.mean([line[name] for line in last if name in line])), 4) for name in names}

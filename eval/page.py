@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.markup import Markup, curve, element, joined, whisker
 from eval.result import percent
-from eval.sections import TITLES, Run, captions, drawings, gallery, probe, retrieval, table, transcription
+from eval.sections import TITLES, Run, captions, drawings, gallery, probe, questions, retrieval, table, transcription
 
 HEADLINES = {
     "retrieval.text_to_image.r1": "text → image, right picture first",
@@ -27,7 +27,7 @@ def page(run: Run) -> str:
     """The whole HTML document."""
     sections = [
         header(run), headlines(run), retrieval(run), transcription(run), captions(run), gallery(run), drawings(run),
-        probe(run), training(run), absent(run), provenance(run),
+        questions(run), probe(run), training(run), absent(run), provenance(run),
     ]  # fmt: skip
     style = Markup((Path(__file__).with_name("page.css")).read_text(encoding="utf-8"))
     head = element(
@@ -117,9 +117,9 @@ def training(run: Run) -> Markup | None:
 
 
 def absent(run: Run) -> Markup | None:
-    """What could not be measured, and why."""
+    """What could not be measured, and why. (Only a model tuned for questions has answers.)"""
     missing = [(name, reason) for result in run.results.values() for name, reason in result.absent.items()]
-    missing += [(task, "this evaluation was not run") for task in TITLES if task not in run.results]
+    missing += [(task, "this evaluation was not run") for task in TITLES if task not in run.results and task != "vqa"]
     entries = [element("li", element("code", name), f": {reason}") for name, reason in missing]
     return joined([element("h2", "Not measured"), element("ul", entries, class_="absent")]) if entries else None
 

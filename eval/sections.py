@@ -20,6 +20,7 @@ TITLES = {
     "caption": "Captions",
     "text_to_image": "Pictures from text",
     "classify": "Linear probe",
+    "vqa": "Questions",
 }
 WORDS = {
     "transcribe.wer": "word error rate, from speech alone",
@@ -30,6 +31,10 @@ WORDS = {
     "text_to_image.object_found": "a named object is found in the generated picture",
     "text_to_image.object_found_true_codes": "the same in the true picture, decoded from its codes",
     "text_to_image.object_found_real": "the same in the true picture",
+    "vqa.accuracy": "questions answered rightly (VQA accuracy)",
+    "vqa.accuracy.yes_no": "those answered by yes or no",
+    "vqa.accuracy.number": "those answered by a number",
+    "vqa.accuracy.other": "all others",
 }
 GAINS = {
     "retrieval.gain.text_audio_over_text.r1": "R@1 of the picture, by text + audio − by text",
@@ -161,6 +166,21 @@ def transcription(run: Run) -> Markup | None:
 def captions(run: Run) -> Markup | None:
     """Captions by the objects and the words in them."""
     return _plain(run, "caption", "Written from the picture alone. Chance: the same captions dealt to other pictures.")
+
+
+def questions(run: Run) -> Markup | None:
+    """VQA accuracy, and the first questions with the model's answers."""
+    section = _plain(run, "vqa", "Chance: always the most frequent answer.")
+    if section is None:
+        return None
+    shown = [_question(run, example) for example in run.results["vqa"].examples[:SAMPLES]]
+    return joined([section, element("div", shown, class_="gallery")])
+
+
+def _question(run: Run, example: Mapping[str, Any]) -> Markup:
+    rows = [("question", example["question"]), ("answer", example["answer"]), ("true", ", ".join(example["answers"]))]
+    terms = [[element("dt", term), element("dd", text)] for term, text in rows]
+    return element("div", picture(run.pictures, example.get("picture")), element("dl", terms), class_="sample")
 
 
 def _plain(run: Run, task: str, hint: str) -> Markup | None:

@@ -212,20 +212,7 @@ def _command(verb: str, config: EvalConfig) -> str:
 def open_split(folder: Path, limit: int | None, system: System) -> Split:
     """Open shards for `system`. Raises UserError when they are none, empty, or made by other networks than it reads."""
     reader = ShardReader(folder)
-    for kind, about in reader.manifest.extractors.items():
-        trained = system.facts.extractors.get(kind, about)
-        for name in ("weights_sha256", "settings"):
-            if trained.get(name) != about.get(name):
-                raise UserError(
-                    f"{folder}: its {kind} come from another extractor than those the model was trained on "
-                    f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training"
-                )
-    for kind, width in (("regions", "region_width"), ("audio", "speech_width")):
-        here, trained = getattr(reader.manifest, width), getattr(system.facts, width)
-        if here and not trained:
-            raise UserError(f"{folder} holds {kind}, which the model never saw: extract again with --{kind} none")
-        if here and here != trained:
-            raise UserError(f"{folder}: its {kind} are {here} numbers, not {trained}; extract again as for training")
+    system.facts.require_same(reader.manifest, folder)
     return Split(reader, limit)
 
 

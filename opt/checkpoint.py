@@ -37,7 +37,7 @@ tags: [{system}, image-text-audio]
 ---
 # {system}
 
-A `{system}` model with {parameters:,} parameters, trained by `opt pretrain`.
+A `{system}` model with {parameters:,} parameters, trained by `opt`.
 
     from opt.checkpoint import from_pretrained
     system = from_pretrained("path/to/this/folder")

@@ -18,7 +18,6 @@ from tyro.conf import Positional
 
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json
-from opt.data.manifest import Manifest
 from opt.data.questions import Question, Questions, frequent_answers, normalise
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
@@ -124,7 +123,7 @@ def _check(config: FinetuneConfig) -> None:
 def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
     """The samples, or questions, that the task can use; says how many it cannot. Raises UserError when none is left."""
     whole = ShardReader(config.shards)
-    same_features(whole.manifest, facts, config.shards)
+    facts.require_same(whole.manifest, config.shards)
     if config.questions is not None:
         questions = Questions(whole, config.questions, answered=True)
         if questions.left_out:
@@ -169,17 +168,3 @@ def _spelling(questions: list[Question], tokenizer: Tokenizer) -> str:
                for answer in {answer for question in questions for answer in question.answers}}
     can = sum(any(spelled[answer] for answer in question.answers) for question in questions)
     return f"the model's vocabulary spells an answer to {can:,} of {len(questions):,} questions"
-
-
-def same_features(manifest: Manifest, facts: DataFacts, folder: Path) -> None:
-    """Raises UserError where shards hold other features than those a model of `facts` reads."""
-    for kind, about in manifest.extractors.items():
-        trained = facts.extractors.get(kind, about)
-        for name in ("weights_sha256", "settings"):
-            if trained.get(name) != about.get(name):
-                raise UserError(f"{folder}: its {kind} come from another extractor than those the model was trained on "
-                                f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training")
-    for kind, width in (("regions", "region_width"), ("audio", "speech_width")):
-        here, wanted = getattr(manifest, width), getattr(facts, width)
-        if here not in (0, wanted):
-            raise UserError(f"{folder}: its {kind} are {here} numbers wide, the model reads {wanted}")

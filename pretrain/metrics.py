@@ -39,9 +39,10 @@ class Meter:
         self._tokens += tokens
 
     def line(self, waited: float) -> dict[str, Any]:
-        """Means since the last call. `waited`: seconds that the loop has waited for data so far."""
+        """Means since the last call, of what counted. `waited`: seconds that the loop has waited for data so far."""
         seconds = time.perf_counter() - self._began
-        losses = {name: float(total / self._counts[name].clamp(min=1)) for name, total in self._totals.items()}
+        counted = {name: total for name, total in self._totals.items() if self._counts[name] > 0}
+        losses = {name: float(total / self._counts[name]) for name, total in counted.items()}
         assert self._loss is not None
         values = {
             "loss": float(self._loss) / self._steps,

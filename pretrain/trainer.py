@@ -52,7 +52,7 @@ class Trainer:
         """Train to the last step and write the model. Raises KeyboardInterrupt after saving when told to stop."""
         metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step), Meter()
         loader = self._loader()
-        with progress("pretrain", self.loop.steps, self.step, "steps") as bar, self._stop_signals():
+        with progress("training", self.loop.steps, self.step, "steps") as bar, self._stop_signals():
             for batch, position in loader:
                 if self.step >= self.loop.steps:
                     break

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class TokenHead(nn.Module):
     """Linear, GELU, LayerNorm, then the tied embedding table plus a bias: logits (M, V) (BERT's head)."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, width: int, vocabulary: int, epsilon: float = 1e-5) -> None:
         super().__init__()
-        self.transform, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.transform, self.norm = nn.Linear(width, width), nn.LayerNorm(width, epsilon)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, hidden_MD: Tensor, table_VD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import inspect
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from opt.config import UserError
 from opt.data.batch import Batch
+from opt.data.manifest import Manifest
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
@@ -69,6 +71,23 @@ class DataFacts:
     frame_rate: float
     codebook: int
     extractors: dict[str, Any] = field(default_factory=dict)
+
+    def require_same(self, manifest: Manifest, folder: Path) -> None:
+        """Raises UserError where the shards of `folder` hold other features than a model of these facts reads."""
+        for kind, about in manifest.extractors.items():
+            trained = self.extractors.get(kind, about)
+            for name in ("weights_sha256", "settings"):
+                if trained.get(name) != about.get(name):
+                    raise UserError(
+                        f"{folder}: its {kind} come from another extractor than those the model was trained on "
+                        f"({name} {about.get(name)}, not {trained.get(name)}); extract again as for training"
+                    )
+        for kind, width in (("regions", "region_width"), ("audio", "speech_width")):
+            here, read = getattr(manifest, width), getattr(self, width)
+            if here and not read:
+                raise UserError(f"{folder} holds {kind}, which the model never saw: extract again with --{kind} none")
+            if here and here != read:
+                raise UserError(f"{folder}: its {kind} are {here} numbers, not {read}; extract again as for training")
 
 
 DRAWN_CODES = 32

@@ -39,6 +39,8 @@ def results():
     drawn = {"key": "k", "text": EVIL, "picture": "pictures/k.jpg", "generated": "../../secret.png"}
     yield "text_to_image", [measured("text_to_image.object_found", hits, 0, chance=0.2)], [drawn]
     maps = [Metric(f"classify.map.{name}", 0.7, 200, (0.6, 0.8), 0.1, modalities=(name,)) for name in ("text", "audio")]
+    asked = {"key": "k", "picture": "pictures/k.jpg", "question": EVIL, "answer": EVIL, "answers": [EVIL]}
+    yield "vqa", [measured("vqa.accuracy", hits, 0, chance=0.3)], [asked]
     yield "classify", [*maps, Metric("classify.gain_over.text", 0.1, 200, (-0.05, 0.2))], []
 
 
@@ -99,6 +101,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
         "Captions",
         "Samples",
         "Pictures from text",
+        "Questions",
         "Linear probe",
         "Training",
     ):

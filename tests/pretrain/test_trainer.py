@@ -15,8 +15,10 @@ from opt.checkpoint import from_pretrained, newest_state
 from opt.config import UserError
 from opt.data.shards import ShardReader
 from opt.lock import alone
+from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import tiny
+from pretrain.metrics import Meter
 from pretrain.optim import learning_rate
 from pretrain.run import PretrainConfig, pretrain
 from pretrain.trainer import Trainer
@@ -193,3 +195,10 @@ def test_a_loss_that_is_not_finite_is_never_saved(
         pretrain(config(shards, tmp_path, log_every=100))
     newest = newest_state(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-00000004"
+
+
+def test_a_term_that_counted_nothing_is_not_logged_as_nought() -> None:
+    meter = Meter()
+    meter.add({"some": Term(torch.tensor(6.0), torch.tensor(3.0)), "none": Term(torch.tensor(0.0), torch.tensor(0.0))},
+              torch.tensor(2.0), 10)
+    assert meter.line(0.0)["losses"] == {"some": 2.0}

@@ -48,7 +48,7 @@ class OPT(System):
         self.encoder = Stack(config.layers, width, config.heads, config.inner, dropout, config.post_norm,
                              epsilon=epsilon)
         self.pooler = Pooler(width)
-        self.word_head = TokenHead(width, tokenizer.size)
+        self.word_head = TokenHead(width, tokenizer.size, epsilon)
         self.region_head = nn.Linear(width, region_width)
         self.class_head = nn.Linear(width, len(facts.region_classes) + 1)
         self.frame_head = nn.Linear(width, speech_width)
