@@ -68,7 +68,7 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
         seconds.append(round(duration, 3))
         wall.append(round(time.perf_counter() - began, 3))
     typical, matmul = float(np.median(seconds[1:])), matrix_product(trainer.device)
-    needed, computed = flops(system, batch, every_context=False), flops(system, batch, every_context=True)
+    operations = flops(system, batch)
     cuda = trainer.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     peak = next((value for part, value in DENSE_BF16.items() if cuda and part in device), None)
@@ -81,10 +81,10 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
         "first_seconds": seconds[0], "later_seconds": seconds[1:], "wall_seconds": wall,
         "tokens_per_second": round(batch.tokens / typical, 1), "losses": losses,
         "memory_before_step_GiB": before, "peak_memory_GiB": memory(trainer.device),
-        "model_tflop": round(needed / 1e12, 3), "computed_tflop": round(computed / 1e12, 3),
-        "tflops": round(needed / typical / 1e12, 4), "matmul_tflops": round(matmul / 1e12, 4),
-        "share_of_matmul": round(needed / typical / matmul, 3),
-        "share_of_peak": round(needed / typical / peak, 3) if peak else None,
+        "tflop": round(operations / 1e12, 3),
+        "tflops": round(operations / typical / 1e12, 4), "matmul_tflops": round(matmul / 1e12, 4),
+        "share_of_matmul": round(operations / typical / matmul, 3),
+        "share_of_peak": round(operations / typical / peak, 3) if peak else None,
     }
 
 
@@ -127,7 +127,7 @@ def total(preset: Preset) -> int:
         return parameters(OPT(preset.model, words, DataFacts(REGION_WIDTH, classes, SPEECH_WIDTH, 7.0, CODES)))["total"]
 
 
-def flops(system: OPT, batch: Batch, every_context: bool) -> float:
+def flops(system: OPT, batch: Batch) -> float:
     """Operations of the step's matrix products: 2 for each multiply-add, once forward and twice backward. With width D,
     inner width I, N tokens in sequences of length L:
 
@@ -135,7 +135,6 @@ def flops(system: OPT, batch: Batch, every_context: bool) -> float:
         decoder  layers x [W (6 D^2 + 2 D I) + C 2 D^2 + D sum l^2 + 2 D sum l c] + W D V
 
     for W written tokens in rows of l, that look at C tokens in sequences of c; keys of a causal row count half.
-    every_context: keys and values as computed, of all N tokens, and not only of the C that are looked at.
     Embedders and heads: inputs and targets times their matrices. Norms, softmax and the optimizer are left out.
     """
     config, facts, view = system.config, system.facts, batch.views["encoder"]
@@ -147,8 +146,7 @@ def flops(system: OPT, batch: Batch, every_context: bool) -> float:
         written, rows = len(writing.ids), rows_of(writing)
         context = context_tokens(writing)
         pairs = float((rows**2).sum()) + 2 * float(rows.mean()) * context
-        keys = tokens if every_context else context
-        sums += config.decoder_layers * (written * (6 * width**2 + 2 * width * inner) + 2 * keys * width**2
+        sums += config.decoder_layers * (written * (6 * width**2 + 2 * width * inner) + 2 * len(writing.seen) * width**2
                                          + width * pairs) + written * width * size
     sums += width * (len(batch.regions.masked) * facts.region_width + len(batch.frames.masked) * facts.speech_width)
     for name, outputs in (("mlm", width + system.tokenizer.size), ("frames", facts.speech_width), ("match", width + 5),

@@ -62,12 +62,16 @@ class View:
 @dataclass(frozen=True)
 class Writing:
     """What a decoder writes, packed. ids (N,) int64: the token before each place; positions (N,); label (N,): the token
-    that should stand there; layout: its causal self-attention; context: cross-attention onto a view's flat tokens."""
+    that should stand there; layout: its causal self-attention.
+
+    seen (M,) int64: the flat tokens of a view that are looked at, each once; context: cross-attention onto those.
+    """
 
     ids: Tensor
     positions: Tensor
     label: Tensor
     layout: AttentionLayout
+    seen: Tensor
     context: AttentionLayout
 
 

@@ -171,7 +171,8 @@ def test_what_is_written_sees_only_what_came_before(system: OPT) -> None:
     for task, name, decoder, table in (("dtr", "text", system.text_decoder, system.text.token.weight),
                                        ("dir", "codes", system.code_decoder, system.code_table.weight)):
         batch = prepare(system, task)
-        m, writing = system.encode(batch)[0], batch.writings[name]
+        writing = batch.writings[name]
+        m = system.encode(batch)[0][writing.seen]
         starts = np.flatnonzero(writing.positions.numpy() == 0)
         before = decoder(writing.ids, writing.positions, writing.layout, m, writing.context, table)
         for place in (2, 3):

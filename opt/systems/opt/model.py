@@ -1,6 +1,7 @@
 """OPT: three embedders, one cross-modal encoder, heads, a text decoder and an image-code decoder (paper Figure 1).
 
-Shape legend: N packed encoder tokens, S sequences, M targets, D width, E shared space, B samples, K codes.
+Shape legend: N packed encoder tokens, S sequences, M targets, C tokens that decoders look at, D width, E shared space,
+B samples, K codes.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class OPT(System):
                                                                                  self.code_table)}
         for name, (written, decoder, table) in decoders.items():
             writing = batch.writings[written]
-            hidden_MD = decoder(writing.ids, writing.positions, writing.layout, hidden_ND, writing.context,
+            context_CD = nn.functional.embedding(writing.seen, hidden_ND)
+            hidden_MD = decoder(writing.ids, writing.positions, writing.layout, context_CD, writing.context,
                                 table.weight)
             logits_MV = decoder.logits(hidden_MD, table.weight)
             terms[name] = token_cross_entropy(logits_MV, writing.label, batch.counts[written],
