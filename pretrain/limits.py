@@ -10,7 +10,8 @@ from opt.config import UserError
 
 AT_LEAST_ONE = {"steps", "batch_tokens", "log_every", "save_every", "keep"}
 POSITIVE = {"learning_rate", "clip"}
-NOT_NEGATIVE = {"workers", "weight_decay", "final", "seed"}
+NOT_NEGATIVE = {"workers", "weight_decay", "final"}
+SEED = {"seed"}
 SHARE = {"warmup", "beta1", "beta2"}
 
 
@@ -23,6 +24,7 @@ def check(settings: Any) -> None:
             (AT_LEAST_ONE, "at least 1", lambda number: number >= 1),
             (POSITIVE, "above 0", lambda number: number > 0),
             (NOT_NEGATIVE, "at least 0", lambda number: number >= 0),
+            (SEED, "at least 0 and below 2^63", lambda number: 0 <= number < 2**63),
             (SHARE, "at least 0 and below 1", lambda number: 0 <= number < 1),
         )
         for named, rule, holds in rules:

@@ -58,7 +58,8 @@ class PretrainConfig(Generic[ModelConfig]):
     def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
         """The type and values to begin with: those of the preset named first on the line."""
         words = [word for word in argv if not word.startswith("-")]
-        preset = next((word for word in words if word.partition(".")[0] in names()), words[0] if words else "")
+        first = argv[0] if argv and words and argv[0] == words[0] else ""
+        preset = next((word for word in words if word.partition(".")[0] in names()), first)
         if not preset:
             return PretrainConfig[type(load("opt.tiny").model)], None  # type: ignore[misc]
         begin = load(preset)
@@ -78,6 +79,8 @@ def pretrain(config: PretrainConfig) -> None:
     """
     check(config.loop)
     check(config.optim)
+    if config.vocabulary is not None and not system_type(config.system.partition(".")[0]).reads_text:
+        raise UserError(f"{config.system} reads no words; leave out --vocabulary")
     reader = ShardReader(config.shards)
     start = find_start(config.start, config.vocabulary, config.out) if config.start is not None else None
     system = _system(config, reader, start)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ from opt.systems.system import DataFacts, Output, Preset, Progress, System
 CODES = CODE_GRID[0] * CODE_GRID[1]
 SIDE = 8 * CODE_GRID[0]
 """Pixels of the squeezed picture: 8 x down to the grid of codes."""
+MOST_CODES = 2**15
+"""Shards hold codes as int16."""
 SHOWN = 8
 """Pictures whose codes are decoded for the log and for the eye."""
 
@@ -90,6 +93,12 @@ class DVAE(System):
             raise ValueError(f"temperature_end {config.temperature_end} must be above 0, and at most temperature_start")
         if not 0 < config.anneal_share <= 1:
             raise ValueError(f"anneal_share {config.anneal_share} must be above 0, and at most 1")
+        if not 1 <= config.codebook <= MOST_CODES:
+            raise ValueError(f"codebook {config.codebook} must be from 1 to {MOST_CODES:,}, as codes are stored")
+        if min(config.widths) < 1:
+            raise ValueError(f"widths {config.widths} must be at least 8, and multiples of 8")
+        if not all(0 <= weight < math.inf for weight in (config.reconstruction_weight, config.divergence_weight)):
+            raise ValueError("reconstruction_weight and divergence_weight must be at least 0, and finite")
         self.config, self.facts = config, facts
         self.dvae = DiscreteVAE(DiscreteVAEConfig(config.codebook, config.widths))
 

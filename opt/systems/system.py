@@ -120,10 +120,10 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, rule, kept in (
             ("beams", "must be at least 1", self.beams >= 1),
-            ("length_penalty", "must be at least 0 and finite", 0 <= self.length_penalty < float("inf")),
+            ("length_penalty", "must be from 0 to 10", 0 <= self.length_penalty <= 10),
             ("top_k", "must be at least 1, or 0 to draw among all", self.top_k is None or self.top_k >= 0),
             ("top_p", "must be above 0 and at most 1", 0 < self.top_p <= 1),
-            ("temperature", "must be above 0 and finite", 0 < self.temperature < float("inf")),
+            ("temperature", "must be from 0.001 to 1000; top-k 1 draws nothing", 0.001 <= self.temperature <= 1000),
             ("seed", "must be at least 0", self.seed >= 0),
             ("limit", "must be at least 1", self.limit >= 1),
         ):

@@ -12,6 +12,7 @@ import torch
 from fixtures import fake_sample, fake_shards
 
 from opt.checkpoint import from_pretrained, newest_state
+from opt.cli import main
 from opt.config import UserError
 from opt.data.shards import ShardReader
 from opt.lock import alone
@@ -141,6 +142,7 @@ def test_the_learning_rate_rises_then_falls() -> None:
 @pytest.mark.parametrize(("changes", "rule"), [
     ({"steps": 0}, "--steps 0 must be at least 1"), ({"log_every": 0, "keep": 0}, "--log-every 0.*--keep 0"),
     ({"batch_tokens": -1}, "--batch-tokens -1"), ({"precision": "int3"}, "precision"),
+    ({"seed": 2**63}, "--seed 9223372036854775808 must be"),
 ])
 def test_impossible_numbers_are_refused(shards: Path, tmp_path: Path, changes: dict, rule: str) -> None:
     with pytest.raises(UserError, match=rule):
@@ -157,6 +159,19 @@ def test_impossible_rates_are_refused(shards: Path, tmp_path: Path, optim: Optim
 def test_a_model_that_cannot_be_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="width 7 must be a multiple of heads"):
         pretrain(dataclasses.replace(config(shards, tmp_path), model=dataclasses.replace(MODEL, width=7)))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--shards", "there", "--out", "here"], "system's preset"),
+    (["dvae.tiny", "--shards", "SHARDS", "--out", "OUT", "--vocabulary", "vocab.txt"], "leave out --vocabulary"),
+])  # fmt: skip
+def test_command_lines_that_make_no_sense(
+    shards: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"SHARDS": str(shards), "OUT": str(tmp_path / "run")}
+    assert main(["pretrain", *(places.get(word, word) for word in words)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_do_not_share_a_folder(shards: Path, tmp_path: Path) -> None:

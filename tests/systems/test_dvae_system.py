@@ -220,7 +220,9 @@ def test_dry_run_needs_no_words(shards: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("changes", [{"temperature_end": 2.0}, {"temperature_end": 0.0}, {"anneal_share": 0.0},
-                                     {"widths": (9, 8, 8)}])
+                                     {"widths": (9, 8, 8)}, {"widths": (8, 0, 8)}, {"codebook": 0},
+                                     {"codebook": 40_000}, {"reconstruction_weight": -1.0},
+                                     {"divergence_weight": float("nan")}])
 def test_impossible_settings_are_refused(shards: Path, tmp_path: Path, changes: dict):
     with pytest.raises(UserError, match="cannot be built"):
         pretrain(dataclasses.replace(config(shards, tmp_path), model=dataclasses.replace(MODEL, **changes)))

@@ -186,11 +186,34 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"beams": 0}, {"length_penalty": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": float("nan")},
-    {"temperature": 0.0}, {"seed": -1}, {"limit": 0}, {"beams": 4, "top_k": 5}, {"top_k": 1, "top_p": 0.5},
+    {"temperature": 0.0}, {"temperature": 1e-300}, {"temperature": 1e300}, {"length_penalty": 1000.0}, {"seed": -1},
+    {"limit": 0}, {"beams": 4, "top_k": 5}, {"top_k": 1, "top_p": 0.5},
 ])  # fmt: skip
 def test_sampling_that_makes_no_sense_is_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"modality_rate": 1.0}, {"modality_rate": 0.6}, {"modality_rate": 1.5, "modality_masking": "paper"},
+    {"token_rate": 2.0}, {"token_rate": -0.1}, {"token_rate": float("nan")}, {"frame_span": 0}, {"frame_span": -3},
+    {"drop_rate": 2.0}, {"pair_rate": 7.0}, {"label_smoothing": 1.0}, {"dropout": 1.0}, {"contrast_temperature": 0.0},
+    {"norm_epsilon": -1.0}, {"alignment_weight": -1.0}, {"alignment_width": 0}, {"text_positions": 2},
+    {"frame_positions": 0}, {"layers": 0}, {"heads": 0}, {"width": 0}, {"inner": 0}, {"decoder_layers": 0},
+    {"shares": Shares(mlm=-1.0)}, {"shares": Shares(dir=float("nan"))}, {"shares": Shares(0, 0, 0, 0, 0, 0)},
+])  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(wrong: dict) -> None:
+    """A rate of 1 hid all modalities again and again, for ever."""
+    with pytest.raises(UserError, match=f"{next(iter(wrong)).replace('_', '-')}.* must"):
+        dataclasses.replace(SMALL, **wrong)
+
+
+def test_settings_at_the_edges_train() -> None:
+    edges = {"token_rate": 1.0, "frame_span": 10_000, "drop_rate": 0.0, "label_smoothing": 0.0, "text_positions": 3}
+    for changes in (edges, {**edges, "modality_rate": 0.9, "modality_masking": "paper", "token_rate": 0.0}):
+        system = model(dataclasses.replace(SMALL, **changes))
+        for task in TASKS:
+            assert torch.isfinite(loss(system(system.preparer()(SAMPLES, plan(task)), Progress(0, 0.0)).terms))
 
 
 def test_sampling_says_what_it_does() -> None:

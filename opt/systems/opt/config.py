@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import Fixed, Suppress
+
+from opt.config import UserError
 
 Mixing = Literal["rows", "steps", "joint"]
 ModalityMasking = Literal["paper", "code"]
@@ -42,7 +45,10 @@ class Tuning:
 
 @dataclass(frozen=True)
 class OPTConfig:
-    """Sizes of the three embedders, the cross-modal encoder and the two decoders; rates of corruption; loss weights."""
+    """Sizes of the three embedders, the cross-modal encoder and the two decoders; rates of corruption; loss weights.
+
+    Raises UserError for values out of range.
+    """
 
     width: int = 768
     layers: int = 12
@@ -89,3 +95,25 @@ class OPTConfig:
     """Width of that shared space."""
     tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
     """What the model was fine-tuned for."""
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "layers", "heads", "inner", "decoder_layers", "frame_positions", "frame_span",
+                 "alignment_width")
+        rules = (
+            (sizes, "at least 1", lambda value: value >= 1),
+            (("text_positions",), "at least 3: [CLS], a word, [SEP]", lambda value: value >= 3),
+            (("token_rate", "drop_rate", "pair_rate"), "from 0 to 1", lambda value: 0 <= value <= 1),
+            (("dropout", "label_smoothing", "modality_rate"), "at least 0 and below 1", lambda value: 0 <= value < 1),
+            (("norm_epsilon", "contrast_temperature"), "above 0", lambda value: value > 0),
+            (("alignment_weight",), "at least 0", lambda value: value >= 0),
+        )
+        wrong = [f"{name.replace('_', '-')} {getattr(self, name)} must be {rule}" for names, rule, holds in rules
+                 for name in names if not (math.isfinite(getattr(self, name)) and holds(getattr(self, name)))]
+        if self.modality_masking == "code" and self.modality_rate > 0.5:
+            wrong.append(f"modality-rate {self.modality_rate} must be at most 0.5, as each of two modalities is hidden "
+                         "at this rate and never both; lower it, or give modality-masking paper")
+        shares = astuple(self.shares)
+        if not all(0 <= share < math.inf for share in shares) or not any(shares):
+            wrong.append(f"shares {', '.join(f'{share:g}' for share in shares)} must be at least 0, and one above 0")
+        if wrong:
+            raise UserError(f"--model: {'; '.join(wrong)}")
