@@ -74,7 +74,8 @@ class Input:
     def name(self) -> str:
         """The parts as the user gave them."""
         words = None if self.text is None else f'"{self.text}"'
-        return " + ".join(str(part) for part in (words, self.image, self.audio) if part is not None)
+        name = " + ".join(str(part) for part in (words, self.image, self.audio) if part is not None)
+        return name.encode(errors="backslashreplace").decode()  # a file's name may be other bytes than UTF-8
 
     def item(self) -> Item:
         """As a source of extraction yields it."""
@@ -138,10 +139,32 @@ def _inputs(config: GenerateConfig) -> tuple[list[Input], tuple[str, ...]]:
         raise UserError(f"--draw {config.draw}: the picture is a PNG file, so its name must end in .png")
     if any(not text.strip() for text in config.text):
         raise UserError("--text holds an empty text: say what to draw, or what belongs to the file")
+    if any("\ud800" <= letter <= "\udfff" for text in config.text for letter in text):
+        raise UserError("--text holds bytes that are not UTF-8: give it in the encoding of the terminal")
     if config.batch < 1:
         raise UserError(f"--batch {config.batch} must be at least 1")
+    _check_outputs(config, max(counts.values()))
     columns = [parts[name] or [None] * max(counts.values()) for name in parts]
     return [Input(*row) for row in zip(*columns, strict=True)], given
+
+
+def _check_outputs(config: GenerateConfig, count: int) -> None:
+    """Raises UserError where a result would be written over an input, a folder or another result."""
+    inputs = {path.resolve() for path in (*config.image, *config.audio)}
+    drawn = [] if config.draw is None else list({config.draw, *_drawn(config.draw, count)})
+    outputs = drawn if config.out is None else [*drawn, config.out]
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise UserError(f"{path} is an input, and would be written over: name another file")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"--out {config.out} is where a picture is drawn: name two files")
+
+
+def _drawn(path: Path, count: int) -> list[Path]:
+    """Where `count` pictures go."""
+    return [path.with_stem(f"{path.stem}-{n}") if count > 1 else path for n in range(1, count + 1)]
 
 
 def _open_extractors(system: System, given: Sequence[str], drawing: bool) -> Extractors:
@@ -200,14 +223,14 @@ def _draw(
 ) -> list[Path]:
     """One PNG file a sample: their paths."""
     assert config.draw is not None and extractors.codes is not None
-    decode, last = extractors.codes.decode, len(samples)
+    decode = extractors.codes.decode
 
     def draw(some: list[Sample]) -> list[Image.Image]:
         codes_B88 = system.generate_codes(some, given, config.sampling).cpu().numpy()
         return [decode(codes_188)[0] for codes_188 in np.split(codes_B88, len(some))]  # a batch would round otherwise
 
     pictures = in_batches([partial(_same, sample) for sample in samples], draw, config.batch, "draw")
-    paths = [config.draw.with_stem(f"{config.draw.stem}-{n}") if last > 1 else config.draw for n in range(1, last + 1)]
+    paths = _drawn(config.draw, len(samples))
     for path, picture in zip(paths, pictures, strict=True):
         save_picture(path, picture)
     return paths
@@ -228,4 +251,4 @@ def _write_lines(
             "written" if config.draw is None else "drawn": str(lines[number])}  # fmt: skip
         parts = {name: str(part) for name in ("text", "image", "audio") if (part := getattr(given, name)) is not None}
         content.append(json.dumps(parts | said, ensure_ascii=False) + "\n")
-    write_atomic(config.out, "".join(content).encode())
+    write_atomic(config.out, "".join(content).encode(errors="backslashreplace"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_answered(workshop, t
     (["--image", "a.png", "--draw", "b.png"], "leave --image out"),
     (["--text", "red", "--draw", "red.gif"], "end in .png"),
     (["--text", " ", "--draw", "red.png"], "empty text"),
+    (["--text", "not UTF-8: \udcff", "--draw", "red.png"], "not UTF-8"),
     (["--image", "a.png", "--beams", "0"], "beams 0 must be at least 1"),
     (["--image", "a.png", "--batch", "0"], "--batch 0"),
 ])  # fmt: skip
@@ -130,6 +132,34 @@ def test_what_makes_no_sense_is_said_in_one_line(workshop, words, said, capsys) 
     assert run(workshop, *words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_is_written_with_its_bytes(workshop, tmp_path, capfdbinary) -> None:
+    named = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    named.write_bytes((workshop / "media/images/p1.jpg").read_bytes())
+    assert run(workshop, "--image", named, "--out", tmp_path / "lines.jsonl") == 0
+    assert b"caf\\udce9.jpg: " in capfdbinary.readouterr().out
+    assert json.loads((tmp_path / "lines.jsonl").read_text())["image"] == str(named)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--image", "own.jpg", "--out", "own.jpg"], "own.jpg is an input"),
+    (["--image", "own.jpg", "--out", "folder/../own.jpg"], "own.jpg is an input"),
+    (["--image", "own.jpg", "--out", "folder"], "folder is a folder"),
+    (["--text", "red", "--draw", "folder.png"], "folder.png is a folder"),
+    (["--text", "red", "--draw", "a.png", "--out", "a.png"], "name two files"),
+    (["--text", "red", "blue", "--draw", "a.png", "--out", "a-2.png"], "name two files"),
+])  # fmt: skip
+def test_nothing_of_the_users_is_written_over(workshop, tmp_path, words, said, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "folder.png"):
+        (tmp_path / name).mkdir()
+    picture = (workshop / "media/images/p1.jpg").read_bytes()
+    (tmp_path / "own.jpg").write_bytes(picture)
+    assert run(workshop, *words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert (tmp_path / "own.jpg").read_bytes() == picture and not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(("facts", "words", "said"), [
