@@ -125,6 +125,9 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
     whole = ShardReader(config.shards)
     facts.require_same(whole.manifest, config.shards)
     if config.questions is not None:
+        if not whole.manifest.region_width:
+            raise UserError(f"{config.shards} holds no regions, without which questions would be answered blindly; "
+                            "extract again with them")
         questions = Questions(whole, config.questions, answered=True)
         if questions.left_out:
             print(questions.left_out)

@@ -102,7 +102,8 @@ class Questions(Subset):
 def read_questions(path: Path) -> list[Question]:
     """All lines of the file; empty answers count as none. Raises UserError naming the line that is wrong."""
     if not path.is_file():
-        raise UserError(f'{path} does not exist; expected lines {{"image_id": ..., "question": ..., "answers": [...]}}')
+        raise UserError(f"{path} does not exist, or is no file; expected lines "
+                        '{"image_id": ..., "question": ..., "answers": [...]}')
     questions = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
@@ -123,6 +124,7 @@ def _question(entry: Any) -> Question:
         raise TypeError("image_id must be a text or a number, question a text")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise TypeError("answers must be a list of texts")
+    "".join([str(name), text, *answers]).encode()  # half of a surrogate pair is no text: ValueError
     key = re.sub(r"[./\\]", "-", str(name).strip())
     return Question(key, text, tuple(answer for answer in answers if answer.strip()))
 

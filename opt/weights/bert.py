@@ -11,6 +11,7 @@ decoders, the other heads) keeps its fresh values; what OPT has not (sentence or
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,10 @@ def describe(folder: Path) -> BERT:
     sizes = {**NAMES, "vocabulary": "vocab_size", "positions": "max_position_embeddings"}
     values: dict[str, Any] = {name: settings.get(theirs) for name, theirs in sizes.items()}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{path}: {sizes[name]} is {value!r}, expected a number above 0; copy the folder anew")
+        kind = float if name == "norm_epsilon" else int
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+            number = "number" if kind is float else "whole number"
+            raise UserError(f"{path}: {sizes[name]} is {value!r}, expected a {number} above 0; copy the folder anew")
     weights = next((path for name in ("model.safetensors", "pytorch_model.bin")
                     if (path := folder / name).is_file()), None)
     if weights is None:
@@ -158,6 +161,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # its own words advise to run whatever stands there
+            reason = "no checkpoint, or objects besides tensors, which may be programs; nothing was run"
         raise UserError(f"{path} holds no weights that can be read ({reason}); copy the folder anew") from error
 
 

@@ -16,6 +16,7 @@ from eval.vqa import vqa
 from opt import cli
 from opt.checkpoint import from_pretrained, newest_state, save_pretrained
 from opt.config import UserError
+from opt.data.record import Picture
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT, tiny
 from opt.systems.system import compose
@@ -160,6 +161,12 @@ def test_shards_that_do_not_fit_are_sentences(folder: Path, tmp_path: Path) -> N
     save_pretrained(OPT(MODEL, tokenizer(), dataclasses.replace(FACTS, region_width=11)), tmp_path / "narrow")
     with pytest.raises(UserError, match="12 numbers, not 11"):
         finetune(config(folder, "captioning", tmp_path / "run", model=tmp_path / "narrow"))
+    bare = [dataclasses.replace(sample, pictures=(Picture(64, 64, codes=sample.pictures[0].codes),))
+            for sample in SAMPLES]
+    fake_shards(tmp_path / "codes", bare)
+    for task in ("vqa-classes", "vqa-words"):  # would learn to answer blindly
+        with pytest.raises(UserError, match="holds no regions"):
+            finetune(config(folder, task, tmp_path / "run", shards=tmp_path / "codes"))
 
 
 def test_samples_that_lack_what_the_task_needs_are_left_out(

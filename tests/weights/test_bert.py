@@ -188,7 +188,10 @@ def test_settings_that_do_not_fit_are_named_with_the_option(
     ({"model_type": "roberta"}, "model_type is 'roberta'"), ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"is_decoder": True}, "is_decoder is True"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
-    ({"hidden_size": None}, "hidden_size is None"), ({"vocab_size": 99}, "99 tokens, its vocabulary has 23 with"),
+    ({"hidden_size": None}, "hidden_size is None"), ({"hidden_size": 48.5}, "hidden_size is 48.5"),
+    ({"num_hidden_layers": float("nan")}, "num_hidden_layers is nan"),
+    ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf"),
+    ({"vocab_size": 99}, "99 tokens, its vocabulary has 23 with"),
     ({"num_hidden_layers": 4}, "holds no encoder.layer.3"), ({"intermediate_size": 64}, "feed_forward.0.weight"),
 ])
 def test_another_config_is_refused(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -217,6 +220,21 @@ def test_damaged_and_missing_files_are_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "bert" / "pytorch_model.bin").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"pytorch_model.bin holds no weights"):
         begun(tmp_path / "bert")
+    torch.save({"a": Program(tmp_path / "ran")}, tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="besides tensors") as refused:
+        begun(tmp_path / "bert")
+    assert "weights_only" not in str(refused.value), "never the advice to run it all the same"
+    assert not (tmp_path / "ran").exists()
+
+
+class Program:
+    """Pickled, it is a command to create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_a_run_begins_with_bert_and_needs_it_no_more(
