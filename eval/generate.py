@@ -30,7 +30,7 @@ from feature_extract.sources.item import Item, NarrationItem
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample
-from opt.files import write_atomic
+from opt.files import make_folder, write_atomic
 from opt.progress import progress
 from opt.systems.system import Sampling, System
 
@@ -106,7 +106,7 @@ def generate(config: GenerateConfig) -> None:
     extractors = _open_extractors(system, given, config.draw is not None)
     for path in (config.draw, config.out):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
     samples, failed = _samples(inputs, system, extractors)
     usable = [number for number in range(len(inputs)) if number in samples]
     answer = partial(_draw, config, system, extractors) if config.draw is not None else partial(_write, config, system)

@@ -26,7 +26,7 @@ from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample
 from opt.data.shards import ShardReader
-from opt.files import write_atomic
+from opt.files import make_folder, write_atomic
 from opt.progress import progress
 from opt.systems.system import System
 
@@ -191,7 +191,7 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
         extractors=reader.manifest.extractors,
     )
     folder = config.out or config.model.parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return Task(name, system, split, folder, config.batch, provenance, began)
 
 

@@ -35,11 +35,11 @@ class VQAConfig(EvalConfig):
     """Options of `opt eval vqa`."""
 
     questions: Path | None = None
-    """Lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards."""
+    """Lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards; needed."""
 
 
 def vqa(config: VQAConfig) -> None:
-    """Answer questions about pictures with a model tuned for them (`opt finetune vqa-classes`): VQA accuracy.
+    """Answer questions about pictures with a model tuned for them (`opt finetune vqa-classes`, vqa-words): VQA accuracy.
 
     Example: opt eval vqa runs/vqa/model runs/demo/shards/test --questions runs/demo/scenes/test_questions.jsonl
     """

@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
         _package("sound files", "soundfile", "soundfile", CORE, _soundfile),
         _package("espeak-ng voices", "espeakng_loader", "espeakng-loader", CORE, _espeak),
         _tiny_networks(),
-        _package("DALL-E package (only to compare)", "dall_e", "DALL-E", 'pip install -c constraints.txt -e ".[dalle]"'),
+        _package("DALL-E (only to compare)", "dall_e", "DALL-E", 'pip install -c constraints.txt -e ".[dalle]"'),
         _package("fairseq (optional)", "fairseq", "fairseq-fixed", 'pip install -c constraints.txt -e ".[fairseq]"'),
         _package(
             "detectron2 (optional)",

@@ -5,6 +5,7 @@ A kill at any moment leaves the old file, the new file, or no file, and at worst
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -28,8 +29,10 @@ def open_atomic(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
         raise
     sync_folder(path.parent)
 
@@ -38,6 +41,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write the whole file at once, as `open_atomic` does."""
     with open_atomic(path, "wb") as file:
         file.write(content)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, before the work whose results go there. Raises OSError where none can be put."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,7 +33,7 @@ class PretrainConfig(Generic[ModelConfig]):
     """What to train, on what, where to, and how."""
 
     system: tyro.conf.Positional[str]
-    """A system's preset, such as opt.tiny."""
+    """A system's preset: opt.tiny, opt.small, opt.paper, dvae.tiny, dvae.base (docs/systems.md)."""
     shards: Path
     """Folder that `opt extract` wrote."""
     out: Path

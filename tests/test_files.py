@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opt import progress as progress_module
-from opt.files import open_atomic, sha256, write_atomic
+from opt.files import make_folder, open_atomic, sha256, write_atomic
 from opt.progress import progress
 
 
@@ -35,6 +35,23 @@ def test_an_error_keeps_the_old_file(tmp_path: Path):
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_written_is_named_as_the_caller_knows_it(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "none" / "file"):
+        with pytest.raises(OSError) as refused:
+            write_atomic(path, b"")
+        assert refused.value.filename == str(path) and ".tmp" not in str(refused.value)
+
+
+def test_a_folder_that_cannot_be_written_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_folder(tmp_path / "deep" / "er")
+    assert (tmp_path / "deep" / "er").is_dir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError) as refused:
+        make_folder(tmp_path)
+    assert refused.value.filename == str(tmp_path)
 
 
 def test_sha256(tmp_path: Path):

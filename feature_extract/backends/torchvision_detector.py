@@ -48,8 +48,13 @@ class TorchvisionDetector:
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> Regions:
-        """The same boxes, classes and scores as `detector([pixels])`; the best one where that finds none."""
+        """The same boxes, classes and scores as `detector([pixels])`; the best one where that finds none.
+
+        Raises ValueError for a picture of which the detector's own size leaves no line.
+        """
         heads, size = self.detector.roi_heads, (picture.height, picture.width)
+        if min(size) * self.detector.transform.max_size < max(size):
+            raise ValueError(f"a picture of {size[1]:,} x {size[0]:,} pixels is too narrow")
         pixels = pil_to_tensor(picture).to(self.device).float() / 255
         images, _ = self.detector.transform([pixels])
         maps = self.detector.backbone(images.tensors)

@@ -46,11 +46,14 @@ def convert(config: DALLEFiles) -> None:
     """Turn DALL-E's published image tokenizer into a file that extraction reads; nothing in the pickles is run.
 
     Example: opt convert dalle --encoder encoder.pkl --decoder decoder.pkl --out dalle.safetensors
-    then: opt extract ... --codes dalle:dalle.safetensors
+
+    Then: opt extract ... --codes dalle:dalle.safetensors
     """
     for path in (config.encoder, config.decoder):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
+        if config.out.resolve() == path.resolve():
+            raise UserError(f"--out {config.out} is an input, and would be written over: name another file")
     encoder, decoder = Pickled(config.encoder, NAMES), Pickled(config.decoder, NAMES)
     network = _describe(encoder, decoder)
     with torch.device("meta"):

@@ -75,6 +75,13 @@ def test_the_best_region_is_kept_when_all_are_below_the_threshold(checkpoint, pi
     np.testing.assert_array_equal(best.features, every.features[:1])
 
 
+def test_a_picture_of_a_few_lines_is_too_narrow(checkpoint):
+    detector = torchvision_detector.load(f"{BUILDER}:{checkpoint}", RegionSettings(), "cpu")
+    with pytest.raises(ValueError, match=r"30,000 x 10 pixels is too narrow"):
+        detector(Image.new("RGB", (30_000, 10)))
+    detector(Image.new("RGB", (20, 600)))
+
+
 @pytest.mark.parametrize(
     ("weights", "said"),
     [("nothing:x.pt", "BUILDER one of"), (f"{BUILDER}:missing.pt", "could not be read"),

@@ -136,6 +136,13 @@ def test_encoder_and_decoder_are_not_mixed_up(files, tmp_path):
         convert(DALLEFiles(files.decoder, files.encoder, tmp_path / "out"))
 
 
+def test_the_published_files_are_not_written_over(files):
+    whole = files.encoder.read_bytes()
+    with pytest.raises(UserError, match="is an input"):
+        convert(DALLEFiles(files.encoder, files.decoder, files.encoder))
+    assert files.encoder.read_bytes() == whole
+
+
 def test_a_file_cut_short_is_refused(files, tmp_path):
     whole = files.encoder.read_bytes()
     (tmp_path / "encoder.pkl").write_bytes(whole[: len(whole) // 2])
