@@ -39,7 +39,7 @@ class VQAConfig(EvalConfig):
 
 
 def vqa(config: VQAConfig) -> None:
-    """Answer questions about pictures with a model tuned for them (`opt finetune vqa-classes`, vqa-words): VQA accuracy.
+    """Needed: lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards."""
 
     Example: opt eval vqa runs/vqa/model runs/demo/shards/test --questions runs/demo/scenes/test_questions.jsonl
     """
