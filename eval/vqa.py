@@ -39,7 +39,7 @@ class VQAConfig(EvalConfig):
 
 
 def vqa(config: VQAConfig) -> None:
-    """Needed: lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards."""
+    """Answer questions about pictures, with a model that `opt finetune` tuned for them: VQA accuracy.
 
     Example: opt eval vqa runs/vqa/model runs/demo/shards/test --questions runs/demo/scenes/test_questions.jsonl
     """
