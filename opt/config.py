@@ -41,7 +41,7 @@ def _plain(value: Any) -> Any:
 def from_dict(kind: type[Config], values: Any, where: str = "configuration") -> Config:
     """The dataclass `kind` from `to_dict`'s form.
 
-    Raises UserError for a key that `kind` does not have, one that is missing, or a value of another type.
+    Raises UserError for a key that `kind` does not have, one that is missing, a value of another type or out of range.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected names with values, found {_short(values)}")
@@ -51,7 +51,11 @@ def from_dict(kind: type[Config], values: Any, where: str = "configuration") -> 
         raise UserError(f"{where}: unknown key {unknown[0]!r}; {kind.__name__} knows {', '.join(sorted(fields))}")
     if missing := [name for name, field in fields.items() if name not in values and _is_required(field)]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing")
-    return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    typed = {name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return kind(**typed)
+    except UserError as error:  # the class refuses a value
+        raise UserError(f"{where}: {error}") from error
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -108,5 +112,5 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError when it is not JSON."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:  # bad JSON, or bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, or bad UTF-8
         raise UserError(f"{path} is damaged, it is not JSON ({error}); delete it or put back a whole one") from error

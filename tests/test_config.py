@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opt.config import UserError, from_dict, load, save, to_dict
+from opt.config import UserError, from_dict, load, read_json, save, to_dict
+from opt.systems.system import Sampling
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,14 @@ def test_a_damaged_file_is_the_users_error(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     with pytest.raises(UserError, match="config.json"):
         load(Outer, path)
+
+
+def test_json_that_is_nested_without_end_is_a_sentence(tmp_path: Path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json is damaged"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_a_value_that_its_class_refuses_is_named_with_its_file():
+    with pytest.raises(UserError, match=r"^model/config\.json: temperature 0\.0 must"):
+        from_dict(Sampling, {"temperature": 0.0}, "model/config.json")

@@ -109,7 +109,7 @@ def read_questions(path: Path) -> list[Question]:
         if line.strip():
             try:
                 questions.append(_question(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f'{path}, line {number}: expected {{"image_id": text, "question": text, "answers": [text, ...]}}'
                 ) from error

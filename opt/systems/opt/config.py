@@ -74,7 +74,7 @@ class OPTConfig:
     frame_span: int = 1
     """Hidden frames come in runs of so many, at the same rate: neighbouring frames give each other away (gap A5)."""
     modality_rate: float = 0.3
-    """Chance that a whole modality is hidden, never all three."""
+    """Chance that a whole modality is hidden, never all three; at most 0.5 with modality-masking code."""
     modality_masking: ModalityMasking = "code"
     """Where text or codes are written. paper: each modality is hidden independently. code: what is written is always
     hidden, and one of the two others with modality_rate each (gap A2)."""
@@ -109,7 +109,7 @@ class OPTConfig:
         )
         wrong = [f"{name.replace('_', '-')} {getattr(self, name)} must be {rule}" for names, rule, holds in rules
                  for name in names if not (math.isfinite(getattr(self, name)) and holds(getattr(self, name)))]
-        if self.modality_masking == "code" and self.modality_rate > 0.5:
+        if self.modality_masking == "code" and 0.5 < self.modality_rate < 1:
             wrong.append(f"modality-rate {self.modality_rate} must be at most 0.5, as each of two modalities is hidden "
                          "at this rate and never both; lower it, or give modality-masking paper")
         shares = astuple(self.shares)
