@@ -1,5 +1,6 @@
 """Made-up samples and shards whose three modalities agree, for tests of systems, trainer and evaluation."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ WORDS = ["red", "blue", "green", "circle", "square", "star"]
 FACTS = DataFacts(region_width=12, region_classes=tuple(WORDS), speech_width=10, frame_rate=10.0, codebook=16)
 
 
+@cache
 def tokenizer() -> Tokenizer:
     """Whole words only."""
     return Tokenizer.train([" ".join(WORDS), "a and the"] * 4, 60)

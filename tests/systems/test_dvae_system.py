@@ -200,7 +200,7 @@ def test_extraction_reads_a_trained_models_folder(shards: Path, tmp_path: Path):
     codes = open_extractors("none", "none", word, RegionSettings(), AudioSettings(), "cpu").codes
     picture = Image.open(io.BytesIO(coloured(1).pictures[0].jpeg))
     system = from_pretrained(tmp_path / "model")
-    pixels = torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(picture.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     np.testing.assert_array_equal(codes(picture), system.dvae.encode(pixels[None].float() / 255)[0].numpy())
     assert codes.codebook == 16
 
