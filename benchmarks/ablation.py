@@ -94,8 +94,7 @@ def summary(records: dict[str, list[dict[str, Any]]], out: Path) -> dict[str, An
         for subset in rows[0]["map"]:
             name = f"map.{variant}" if subset == TRIPLE else f"map.{variant}.{subset}"
             values = [row["map"][subset] for row in rows]
-            draws_RS = np.stack([np.load(out / "runs" / f"{variant}-{row['seed']}" / "draws.npz")[subset]
-                                 for row in rows])
+            draws_RS = np.stack([np.load(out / "runs" / row["folder"] / "draws.npz")[subset] for row in rows])
             draws[name] = draws_RS[chosen, np.arange(1000)[:, None]].mean(1)
             figures[name] = float(np.mean(values))
             figures[f"{name}.interval"] = interval(draws[name], figures[name])

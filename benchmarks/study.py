@@ -59,7 +59,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.out / "runs" / f"{self.variant}-{self.seed}"
+        return self.out / "runs" / f"{self.variant}-{self.seed}-{self.minutes:g}min"
 
     def shards(self, split: str) -> Path:
         return self.out / "shards" / split
@@ -114,7 +114,7 @@ def _make(study: str, run: Run, judge: Judge) -> None:
             reader = ShardReader(run.shards("train"))
             trained = _train(run, reader, Tokenizer.train(reader.captions(), 2000))
             write_atomic(run.folder / "trained.json", json.dumps(trained).encode())
-        record = {"variant": run.variant, "seed": run.seed, "minutes": run.minutes,
+        record = {"variant": run.variant, "seed": run.seed, "minutes": run.minutes, "folder": run.folder.name,
                   **json.loads((run.folder / "trained.json").read_text()),
                   **judge(run, from_pretrained(run.folder / "model"))}
         write_atomic(run.folder / f"{study}.json", json.dumps(record).encode())
