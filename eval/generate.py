@@ -109,8 +109,13 @@ def generate(config: GenerateConfig) -> None:
             make_folder(path.parent)
     samples, failed = _samples(inputs, system, extractors)
     usable = [number for number in range(len(inputs)) if number in samples]
-    answer = partial(_draw, config, system, extractors) if config.draw is not None else partial(_write, config, system)
-    lines = dict(zip(usable, answer([samples[number] for number in usable], given), strict=True))
+    chosen = [samples[number] for number in usable]
+    lines: dict[int, Any]
+    if config.draw is None:
+        lines = dict(zip(usable, _write(config, system, chosen, given), strict=True))
+    else:
+        lines = {number: _drawn(config.draw, len(inputs))[number] for number in usable}
+        _draw(config, system, extractors, chosen, given, list(lines.values()))
     for number, line in lines.items():
         print(f"{inputs[number].name}: {line}")
     if config.out is not None:
@@ -163,7 +168,7 @@ def _check_outputs(config: GenerateConfig, count: int) -> None:
 
 
 def _drawn(path: Path, count: int) -> list[Path]:
-    """Where `count` pictures go."""
+    """Where the pictures of `count` inputs go."""
     return [path.with_stem(f"{path.stem}-{n}") if count > 1 else path for n in range(1, count + 1)]
 
 
@@ -219,10 +224,11 @@ def _write(config: GenerateConfig, system: System, samples: list[Sample], given:
 
 
 def _draw(
-    config: GenerateConfig, system: System, extractors: Extractors, samples: list[Sample], given: Sequence[str]
-) -> list[Path]:
-    """One PNG file a sample: their paths."""
-    assert config.draw is not None and extractors.codes is not None
+    config: GenerateConfig, system: System, extractors: Extractors, samples: list[Sample], given: Sequence[str],
+    paths: list[Path],
+) -> None:
+    """One PNG file a sample, at its path."""
+    assert extractors.codes is not None
     decode = extractors.codes.decode
 
     def draw(some: list[Sample]) -> list[Image.Image]:
@@ -230,10 +236,8 @@ def _draw(
         return [decode(codes_188)[0] for codes_188 in np.split(codes_B88, len(some))]  # a batch would round otherwise
 
     pictures = in_batches([partial(_same, sample) for sample in samples], draw, config.batch, "draw")
-    paths = _drawn(config.draw, len(samples))
     for path, picture in zip(paths, pictures, strict=True):
         save_picture(path, picture)
-    return paths
 
 
 def _same(sample: Sample) -> Sample:

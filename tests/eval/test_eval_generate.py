@@ -99,6 +99,8 @@ def test_a_sentence_and_a_recording_are_drawn(workshop, tmp_path, capsys) -> Non
     assert run(workshop, "--audio", recording, "--draw", tmp_path / "heard.PNG") == 0
     assert run(workshop, "--audio", recording, "--text", texts[0], "--draw", tmp_path / "both.png") == 0
     assert f'"{texts[0]}" + {recording}: {tmp_path / "both.png"}' in capsys.readouterr().out
+    assert run(workshop, "--audio", tmp_path / "absent.wav", recording, "--draw", tmp_path / "some.png") == 2
+    assert {path.name for path in tmp_path.glob("some*")} == {"some-2.png"}, "numbered as the inputs are"
 
 
 def test_files_that_cannot_be_used_are_named_and_the_others_answered(workshop, tmp_path, capsys) -> None:
