@@ -114,7 +114,8 @@ def generate(config: GenerateConfig) -> None:
     if config.draw is None:
         lines = dict(zip(usable, _write(config, system, chosen, given), strict=True))
     else:
-        lines = {number: _drawn(config.draw, len(inputs))[number] for number in usable}
+        paths = _drawn(config.draw, len(inputs))
+        lines = {number: paths[number] for number in usable}
         _draw(config, system, extractors, chosen, given, list(lines.values()))
     for number, line in lines.items():
         print(f"{inputs[number].name}: {line}")
