@@ -2,26 +2,24 @@
 
 import dataclasses
 import json
-import os
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from fixtures import FACTS, WORDS, fake_sample, fake_shards, tokenizer
+from stopping import stopped_equals_whole
 
 from eval.vqa import vqa
 from opt import cli
-from opt.checkpoint import from_pretrained, newest_state, save_pretrained
+from opt.checkpoint import from_pretrained, save_pretrained
 from opt.config import UserError
 from opt.data.record import Picture
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT, tiny
 from opt.systems.system import compose
 from pretrain.finetune import FinetuneConfig, finetune
-from pretrain.trainer import Trainer
 
 MODEL = dataclasses.replace(
     tiny().model, width=32, layers=2, heads=2, inner=64, decoder_layers=1, alignment_width=16, text_positions=24
@@ -100,24 +98,7 @@ def test_answers_are_better_than_the_most_frequent_one(folder: Path, tmp_path: P
 def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finetune(config(folder, "vqa-words", tmp_path / "whole"))
-    step = Trainer.train_step
-
-    def stop_at_seven(self: Trainer, batch: object) -> object:
-        if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config(folder, "vqa-words", tmp_path / "stopped"))
-    newest = newest_state(tmp_path / "stopped" / "checkpoints")
-    assert newest is not None and newest.name == "step-00000007" and not (tmp_path / "stopped" / "model").exists()
-    monkeypatch.undo()
-    finetune(config(folder, "vqa-words", tmp_path / "stopped"))
-    whole, stopped = (from_pretrained(tmp_path / run / "model").state_dict() for run in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert last_losses(tmp_path / "whole") == last_losses(tmp_path / "stopped")
+    stopped_equals_whole(lambda out: finetune(config(folder, "vqa-words", out)), tmp_path, monkeypatch)
     capsys.readouterr()
     finetune(config(folder, "vqa-words", tmp_path / "stopped"))
     assert "is finished" in capsys.readouterr().out

@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,12 @@ import pytest
 import torch
 from fixtures import FACTS, fake_shards, tokenizer
 from PIL import Image
+from stopping import stopped_equals_whole
 
 from feature_extract.audio import AudioSettings
 from feature_extract.extractors import open_extractors
 from feature_extract.regions import RegionSettings
-from opt.checkpoint import from_pretrained, newest_state, save_pretrained
+from opt.checkpoint import from_pretrained, save_pretrained
 from opt.config import UserError
 from opt.data.batch import Batch
 from opt.data.plan import Plan
@@ -29,7 +28,6 @@ from opt.systems.opt import OPT
 from opt.systems.opt import tiny as opt_tiny
 from opt.systems.system import Output, Progress
 from pretrain.run import PretrainConfig, pretrain
-from pretrain.trainer import Trainer
 
 MODEL = DVAEConfig(codebook=16, widths=(8, 8, 16))
 
@@ -150,23 +148,7 @@ def test_it_learns_pictures_better_than_their_mean(shards: Path, tmp_path: Path)
 def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pretrain(config(shards, tmp_path / "whole"))
-    step = Trainer.train_step
-
-    def stop_at_seven(self: Trainer, batch: object) -> object:
-        if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(config(shards, tmp_path / "stopped"))
-    assert newest_state(tmp_path / "stopped" / "checkpoints").name == "step-00000007"
-    monkeypatch.undo()
-    pretrain(config(shards, tmp_path / "stopped"))
-    whole, stopped = (from_pretrained(tmp_path / run / "model").state_dict() for run in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert lines(tmp_path / "whole")[-1]["losses"] == lines(tmp_path / "stopped")[-1]["losses"]
+    stopped_equals_whole(lambda out: pretrain(config(shards, out)), tmp_path, monkeypatch)
     pictures = {run: {path.name: path.read_bytes() for path in (tmp_path / run / "pictures").iterdir()}
                 for run in ("whole", "stopped")}
     assert list(sorted(pictures["whole"])) == [f"step-{number:08d}.png" for number in (4, 8, 12)]
