@@ -1,31 +1,40 @@
-"""What every source yields: items that name files, in an order that never changes.
+"""What every source is: a corpus layout read as rows, in an order that never changes.
 
-A source is a small module with a function that reads one corpus layout and yields `Item`s lazily. It opens no picture
-and no recording: that is the extractors' work, where a broken file is a recorded failure and not the end of the job.
+    annotation files --rows--> Item | BadRow | ...   one a narration or one a picture, as the files have them
+
+A source opens no picture and no recording: that is the extractors' work, where a broken file is a recorded failure and
+not the end of the job. It holds no more than a row in memory where its files allow that. Rows of one key with the same
+pictures become one record, wherever they stand: the plan (feature_extract/plan.py) brings them together, and refuses
+paths that lead out of the source's folder, so that no source needs to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class NarrationItem:
-    """One narration as the corpus lists it: `caption` as written, possibly empty; `recording` may not exist."""
+    """One narration as the corpus lists it: `caption` as written, possibly empty; `recording` may not exist.
+
+    recording: a path as seen from the source's `root`, or a URL.
+    """
 
     narration_id: str
-    caption: str | None
-    recording: Path | None
+    caption: str | None = None
+    recording: str | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """One future record: its key, its picture files and its narrations. `key` already obeys the record's rule."""
+    """A row: a record's key, its pictures (paths as seen from the source's `root`, or URLs) and its narrations."""
 
     key: str
-    pictures: tuple[Path, ...]
-    narrations: tuple[NarrationItem, ...]
+    pictures: tuple[str, ...] = ()
+    narrations: tuple[NarrationItem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,36 @@ class BadRow:
 
     key: str
     reason: str
+
+
+class Source(Protocol):
+    """A module of this folder has a frozen dataclass `Source`: these two fields first, then options of its own.
+
+    Its docstring says which corpus it reads, and the files that must lie there.
+    """
+
+    corpus: Path
+    split: str
+
+    @property
+    def root(self) -> Path:
+        """The folder that the paths of items are seen from."""
+
+    def files(self) -> list[Path]:
+        """What the rows are read from, files or listed folders: as long as none of them changes, nor do the rows.
+
+        Raises UserError, saying what is expected, when they are not there.
+        """
+
+    def rows(self) -> Iterator[Item | BadRow]:
+        """The rows of the split, in order."""
+
+
+class QuestionSource(Source, Protocol):
+    """A source that has questions about its pictures, too."""
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        """Lines of a questions file (opt/data/questions.py): image_id (the item's key), question, answers."""
 
 
 def clean_key(name: str) -> str:
