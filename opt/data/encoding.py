@@ -1,6 +1,7 @@
 """Record <-> bytes: one safetensors file with the features, and the encoded pictures beside it as tar members.
 
-    tensors     picture.0.regions, .boxes, .classes, .scores, .codes; narration.0.speech
+    tensors     picture.0.regions, .boxes, .classes, .scores, ...; narration.0.speech, .codes: the fields of a Record
+    int8        features lie as I8 beside their scales, a F32 a row: picture.0.regions and picture.0.regions.scale
     metadata    one entry, "record": JSON of everything that is no array. One entry, because the format fixes no order
     pictures    KEY.jpg for picture 0, KEY.1.jpg for picture 1: WebDataset splits a name at its first dot
 
@@ -19,46 +20,90 @@ import numpy as np
 
 from opt.data.record import Narration, Picture, Record
 
-PICTURE_ARRAYS = ("regions", "boxes", "classes", "scores", "codes")
-DTYPES: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I16": np.dtype("<i2")}
+REGION_ARRAYS = (
+    "regions", "boxes", "classes", "scores", "top_classes", "top_scores", "attributes", "attribute_scores",
+)  # fmt: skip
+PICTURE_ARRAYS = (*REGION_ARRAYS, "codes")
+NARRATION_ARRAYS = ("speech", "codes")
+FEATURES = ("regions", "speech")
+"""The arrays that int8 storage makes smaller."""
+DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1")}
+LARGEST = 127
 FIRST_READ = 8192
 """Bytes read at once to get a record's header; most headers fit."""
 
 
-def encode(record: Record) -> bytes:
-    """The record without its encoded pictures, as the bytes of a safetensors file."""
+def encode(record: Record, int8: bool = False) -> bytes:
+    """The record without its encoded pictures, as the bytes of a safetensors file; features as int8 if asked for."""
     from safetensors.numpy import save
 
     arrays = {}
-    for number, picture in enumerate(record.pictures):
-        for name in PICTURE_ARRAYS:
-            array = getattr(picture, name)
-            if array is not None:
-                arrays[f"picture.{number}.{name}"] = np.ascontiguousarray(array)
-    for number, narration in enumerate(record.narrations):
-        if narration.speech is not None:
-            arrays[f"narration.{number}.speech"] = np.ascontiguousarray(narration.speech)
+    for name, array in named_arrays(record).items():
+        if int8 and name.endswith(FEATURES):
+            array, arrays[f"{name}.scale"] = quantise(array)
+        arrays[name] = np.ascontiguousarray(array)
     return save(arrays, {"record": json.dumps(_metadata(record), ensure_ascii=False, allow_nan=False)})
 
 
-def encode_pictures(record: Record) -> tuple[bytes, int, bytes]:
-    """The tar members of the encoded pictures, where among them the span of jpegs begins, and that span."""
-    members = b""
-    places = list(_jpeg_places(record).values())
+def encode_pictures(record: Record) -> bytes:
+    """The span of jpegs: the pictures as tar members, less the first one's header and the last one's padding."""
+    span = b""
     for number, picture in enumerate(record.pictures):
         if picture.jpeg is not None:
-            header = member_header(_jpeg_name(record.key, number), len(picture.jpeg))
-            members += header + picture.jpeg + block_padding(len(picture.jpeg))
-    if not places:
-        return b"", 0, b""
-    first = next(number for number, picture in enumerate(record.pictures) if picture.jpeg is not None)
-    start = len(member_header(_jpeg_name(record.key, first), places[0][1]))
-    return members, start, members[start : start + sum(places[-1])]
+            header = member_header(_jpeg_name(record.key, number), len(picture.jpeg)) if span else b""
+            span += block_padding(len(span)) + header + picture.jpeg
+    return span
+
+
+def first_jpeg_header(metadata: dict[str, Any]) -> bytes:
+    """The tar header that comes before a record's span of jpegs, from its metadata; b"" without jpegs."""
+    for number, picture in enumerate(metadata["pictures"]):
+        if picture["jpeg"] is not None:
+            return member_header(_jpeg_name(metadata["key"], number), picture["jpeg"][1])
+    return b""
+
+
+def named_arrays(record: Record) -> dict[str, np.ndarray]:
+    """Every array of the record under the name it is stored by."""
+    parts = [(f"picture.{number}", PICTURE_ARRAYS, picture) for number, picture in enumerate(record.pictures)]
+    told = [(f"narration.{number}", NARRATION_ARRAYS, one) for number, one in enumerate(record.narrations)]
+    found = {f"{part}.{name}": getattr(holder, name) for part, names, holder in (*parts, *told) for name in names}
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def quantise(features_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float16 features as int8 (R, D) and float32 scales (R,), so that a row's largest magnitude becomes 127.
+
+    int8 times scale is off by at most half a scale, and by what float16 rounds. A row of zeros has scale 0.
+    """
+    features_RD = features_RD.astype(np.float32)
+    scale_R = np.abs(features_RD).max(axis=1, initial=0) / np.float32(LARGEST)
+    steps_RD = features_RD / np.where(scale_R > 0, scale_R, 1)[:, None]
+    return np.rint(steps_RD).astype(np.int8), scale_R
+
+
+def dequantise(steps_RD: np.ndarray, scale_R: np.ndarray) -> np.ndarray:
+    """Float16 features (R, D) from `quantise`'s form. torch, because it converts to float16 five times as fast."""
+    import torch
+
+    steps = torch.from_numpy(steps_RD).float()
+    return steps.mul_(torch.from_numpy(scale_R)[:, None]).half().numpy()
 
 
 def decode(content: bytearray, jpegs: bytearray | None) -> Record:
-    """The record from its safetensors bytes and, if given, its span of jpegs. Arrays are views of `content`."""
-    metadata, arrays = _parse(content)
+    """The record from its safetensors bytes and, if given, its span of jpegs.
+
+    Arrays are views of `content`, but for features stored as int8, which become float16.
+    """
+    metadata, tensors = parse_header(content)
+    data = 8 + int.from_bytes(content[:8], "little")
+    arrays = {
+        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, data + entry["data_offsets"][0])
+        for name, entry in tensors.items()
+    }
+    for name in [name for name in arrays if name.endswith(".scale")]:
+        features = name.removesuffix(".scale")
+        arrays[features] = dequantise(arrays[features], arrays[name])
     pictures = []
     for number, entry in enumerate(metadata["pictures"]):
         fields = {name: arrays.get(f"picture.{number}.{name}") for name in PICTURE_ARRAYS}
@@ -72,6 +117,7 @@ def decode(content: bytearray, jpegs: bytearray | None) -> Record:
             arrays.get(f"narration.{number}.speech"),
             entry["frame_rate"],
             entry["seconds"],
+            arrays.get(f"narration.{number}.codes"),
         )
         for number, entry in enumerate(metadata["narrations"])
     ]
@@ -84,7 +130,13 @@ def read_header(file: int, offset: int) -> dict[str, Any]:
     size = int.from_bytes(begin[:8], "little")
     if size + 8 > len(begin):
         begin = os.pread(file, size + 8, offset)
-    return json.loads(json.loads(begin[8 : 8 + size])["__metadata__"]["record"])
+    return parse_header(begin)[0]
+
+
+def parse_header(content: bytes | bytearray) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A record's metadata, and of every tensor its dtype, shape and data_offsets, from the begin of its bytes."""
+    tensors = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(tensors.pop("__metadata__")["record"]), tensors
 
 
 def member_key(file: int, offset: int) -> str:
@@ -140,15 +192,3 @@ def _jpeg_places(record: Record) -> dict[int, tuple[int, int]]:
 
 def _jpeg_name(key: str, number: int) -> str:
     return f"{key}.jpg" if number == 0 else f"{key}.{number}.jpg"
-
-
-def _parse(content: bytearray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata and arrays of a safetensors file, the arrays as views: the library copies each of them twice."""
-    data = 8 + int.from_bytes(content[:8], "little")
-    header: dict[str, Any] = json.loads(content[8:data])
-    metadata = json.loads(header.pop("__metadata__")["record"])
-    arrays = {
-        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, data + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-    return metadata, arrays

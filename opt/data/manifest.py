@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opt.config import UserError, from_dict, to_dict
 from opt.files import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 LENGTHS = ("words", "regions", "frames", "codes")
+Storage = Literal["float16", "int8"]
+"""How region and speech features lie on disk; what is read is float16."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A source row, or a part of it, that did not become data, and why."""
+    """A source row, or a part of it, that did not become data, and why: "PART NUMBER: REASON (DETAILS)"."""
 
     key: str
     reason: str
@@ -44,6 +47,7 @@ class Receipt:
     speech_width: int
     frame_rate: float
     totals: dict[str, int]
+    storage: Storage
     failures: tuple[Failure, ...] = ()
 
 
@@ -51,7 +55,8 @@ class Receipt:
 class Manifest:
     """A complete folder. `extractors` says what made it: names, weight hashes, settings.
 
-    `region_classes` names the detector's classes in order, `codebook` counts the image codes that exist.
+    `region_classes` and `region_attributes` name the detector's classes and attributes in order, `codebook` counts the
+    image codes that exist, `speech_codebooks` the entries of each codebook of the speech quantiser.
     Widths are 0 where no record has such features; `frame_rate` is the highest, since a long recording may be pooled
     more coarsely.
     """
@@ -66,6 +71,9 @@ class Manifest:
     records: int
     samples: int
     totals: dict[str, int]
+    storage: Storage = "float16"
+    region_attributes: tuple[str, ...] = ()
+    speech_codebooks: tuple[int, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -78,6 +86,15 @@ class Manifest:
         """SHA-256 over the hashes of all shards in order: names the data set in results ("split hash")."""
         hashes = "".join(shard.sha256 + shard.index_sha256 for shard in self.shards)
         return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def by_reason(failures: Iterable[Failure]) -> Counter[str]:
+    """How many failures there are of each kind, e.g. {"picture: missing file": 3}: numbers and details left out."""
+    reasons: Counter[str] = Counter()
+    for failure in failures:
+        part, _, reason = failure.reason.partition(": ")
+        reasons[f"{part.split(' ')[0]}: {reason.partition(' (')[0]}".removesuffix(": ")] += 1
+    return reasons
 
 
 def shard_name(number: int) -> str:
@@ -105,11 +122,17 @@ def read_receipt(folder: Path, name: str) -> Receipt | None:
 
 
 def write_manifest(
-    folder: Path, shards: Sequence[str], extractors: dict[str, Any], region_classes: Sequence[str], codebook: int
+    folder: Path,
+    shards: Sequence[str],
+    extractors: dict[str, Any],
+    region_classes: Sequence[str],
+    codebook: int,
+    region_attributes: Sequence[str] = (),
+    speech_codebooks: Sequence[int] = (),
 ) -> Manifest:
     """Declare the folder complete. `shards` names all its shards in order; extractors as JSON-ready values.
 
-    Raises UserError when one of the shards is incomplete, or when two hold features of different width.
+    Raises UserError when one of the shards is incomplete, or when two hold features of different width or storage.
     """
     receipts = []
     for name in shards:
@@ -119,15 +142,18 @@ def write_manifest(
         receipts.append(receipt)
     manifest = Manifest(
         extractors=extractors,
-        region_width=int(_agree(folder, receipts, "region_width")),
+        region_width=_agree(folder, receipts, "region_width") or 0,
         region_classes=tuple(region_classes),
-        speech_width=int(_agree(folder, receipts, "speech_width")),
+        speech_width=_agree(folder, receipts, "speech_width") or 0,
         frame_rate=max((receipt.frame_rate for receipt in receipts), default=0.0),
         codebook=codebook,
         shards=tuple(receipts),
         records=sum(receipt.records for receipt in receipts),
         samples=sum(receipt.samples for receipt in receipts),
         totals={name: sum(receipt.totals[name] for receipt in receipts) for name in LENGTHS},
+        storage=_agree(folder, receipts, "storage") or "float16",
+        region_attributes=tuple(region_attributes),
+        speech_codebooks=tuple(speech_codebooks),
     )
     write_atomic(folder / MANIFEST, _sealed(to_dict(manifest)))
     return manifest
@@ -167,15 +193,15 @@ def is_intact(folder: Path, receipt: Receipt) -> bool:
     return path.exists() and path.read_bytes() == _json(to_dict(receipt))
 
 
-def _agree(folder: Path, receipts: Sequence[Receipt], name: str) -> float:
-    """The one width that all shards with such features have; 0 when none has any."""
+def _agree(folder: Path, receipts: Sequence[Receipt], name: str) -> Any:
+    """The one value that all shards that have one share; None when none has any."""
     values = {getattr(receipt, name): receipt.name for receipt in receipts if getattr(receipt, name)}
     if len(values) > 1:
         raise UserError(
             f"{folder}: shards disagree on {name} ({', '.join(f'{shard}: {v}' for v, shard in values.items())}): they "
             "come from different extractors; extract into an empty folder"
         )
-    return next(iter(values), 0)
+    return next(iter(values), None)
 
 
 def _json(values: dict[str, Any]) -> bytes:

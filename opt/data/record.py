@@ -4,7 +4,8 @@
             captions share them.
     Sample  a record with one narration chosen: what one row of a batch is made of.
 
-Missing is absent (None, or an empty tuple), never zeros. Shape legend: R regions, T frames, D feature width.
+Missing is absent (None, or an empty tuple), never zeros. Shape legend: R regions, T frames, D feature width,
+K classes kept of each region, A attributes kept of each region, G codebooks of a speech quantiser.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Picture:
     boxes (R, 4) float32: x1 y1 x2 y2 over picture width and height, in [0, 1].
     classes (R,) int16: the detector's class of each region (hard pseudo-label of MRC, OPT Eq. 5).
     scores (R,) float32: the detector's confidence, in [0, 1].
+    top_classes (R, K) int16, top_scores (R, K) float16: the K best classes of each region and their probabilities, best
+        first. The first need not be `classes`: several boxes of one region may carry several of its classes.
+    attributes (R, A) int16, attribute_scores (R, A) float16: the A best attributes of each region, best first.
     codes (8, 8) int16: image codes of the 64 x 64 picture, row by row.
     jpeg: the resized picture as an encoded file, for patch systems and for looking.
     width, height: pixels of the original picture.
@@ -43,6 +47,10 @@ class Picture:
     boxes: np.ndarray | None = None
     classes: np.ndarray | None = None
     scores: np.ndarray | None = None
+    top_classes: np.ndarray | None = None
+    top_scores: np.ndarray | None = None
+    attributes: np.ndarray | None = None
+    attribute_scores: np.ndarray | None = None
     codes: np.ndarray | None = None
     jpeg: bytes | None = None
 
@@ -54,6 +62,7 @@ class Narration:
     caption: the words as the source gives them; None when there are none.
     speech (T, D) float16: speech features at `frame_rate` frames a second; None when there is no recording.
     seconds: duration of the recording; 0.0 without one.
+    codes (T, G) int16: quantiser ids, a row a frame of `speech`, a column a codebook.
     """
 
     narration_id: str
@@ -61,6 +70,7 @@ class Narration:
     speech: np.ndarray | None = None
     frame_rate: float = 0.0
     seconds: float = 0.0
+    codes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,8 @@ def check(record: Record) -> Record:
 def _check_picture(where: str, picture: Picture) -> None:
     if picture.width < 1 or picture.height < 1:
         raise RecordError(f"{where}: size {picture.width} x {picture.height} is not a picture")
+    if picture.jpeg is not None and not picture.jpeg:
+        raise RecordError(f"{where}, jpeg: no bytes must be absent (None)")
     together = [picture.regions, picture.boxes, picture.classes, picture.scores]
     if any(field is None for field in together) and any(field is not None for field in together):
         raise RecordError(f"{where}: regions, boxes, classes and scores come together or not at all")
@@ -136,10 +148,25 @@ def _check_picture(where: str, picture: Picture) -> None:
         _check_array(f"{where}, scores", picture.scores, np.float32, (count,))
         if count and (picture.boxes.min() < 0 or picture.boxes.max() > 1):
             raise RecordError(f"{where}, boxes: must lie in [0, 1], got {picture.boxes.min()} to {picture.boxes.max()}")
+    _check_ranked(where, "top_classes", "top_scores", picture)
+    _check_ranked(where, "attributes", "attribute_scores", picture)
     if picture.codes is not None:
-        _check_array(f"{where}, codes", picture.codes, np.int16, CODE_GRID)
-        if picture.codes.min() < 0:
-            raise RecordError(f"{where}, codes: must not be negative, got {picture.codes.min()}")
+        _check_ids(f"{where}, codes", picture.codes, CODE_GRID)
+
+
+def _check_ranked(where: str, ids_name: str, scores_name: str, picture: Picture) -> None:
+    """Ids with a score each, in columns: of every region, so many of the best."""
+    ids, scores = getattr(picture, ids_name), getattr(picture, scores_name)
+    if ids is None and scores is None:
+        return
+    if ids is None or scores is None or picture.regions is None:
+        raise RecordError(f"{where}: {ids_name} and {scores_name} come together, and with regions, or not at all")
+    _check_ids(f"{where}, {ids_name}", ids, (len(picture.regions), None))
+    _check_array(f"{where}, {scores_name}", scores, np.float16, ids.shape)
+    if ids.shape[1] == 0:
+        raise RecordError(f"{where}: {ids_name} without a column must be absent (None)")
+    if scores.size and (scores.min() < 0 or scores.max() > 1):
+        raise RecordError(f"{where}, {scores_name}: must lie in [0, 1], got {scores.min()} to {scores.max()}")
 
 
 def _check_narration(where: str, narration: Narration) -> None:
@@ -155,6 +182,18 @@ def _check_narration(where: str, narration: Narration) -> None:
             raise RecordError(f"{where}, speech: no frames must be absent (None)")
         if narration.frame_rate <= 0:
             raise RecordError(f"{where}: speech needs a frame rate, got {narration.frame_rate}")
+    if narration.codes is not None:
+        if narration.speech is None:
+            raise RecordError(f"{where}: codes come with speech, a row a frame, or not at all")
+        _check_ids(f"{where}, codes", narration.codes, (len(narration.speech), None))
+        if narration.codes.shape[1] == 0:
+            raise RecordError(f"{where}: codes without a column must be absent (None)")
+
+
+def _check_ids(where: str, ids: np.ndarray, shape: tuple[int | None, ...]) -> None:
+    _check_array(where, ids, np.int16, shape)
+    if ids.size and ids.min() < 0:
+        raise RecordError(f"{where}: must not be negative, got {ids.min()}")
 
 
 def _check_text(where: str, text: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import tarfile
 import zlib
@@ -26,48 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from opt.config import UserError
-from opt.data.encoding import block_padding, decode, encode, encode_pictures, member_header, member_key, read_header
-from opt.data.manifest import LENGTHS, Failure, Receipt, read_manifest, write_receipt
+from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg_header, member_header, parse_header
+from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
-from opt.files import open_atomic, sha256, write_atomic
+from opt.data.stored import INDEX, StoredShard, key_hash
+from opt.files import open_atomic, write_atomic
 
+WIDTHS = {"regions": "region_width", "speech": "speech_width"}
+"""Which width of a shard an array gives."""
 OPEN_SHARDS = 256
 """Shards a reader holds open at once (two files each), below the usual limit of 1024 open files."""
-
-INDEX = np.dtype(
-    [
-        ("offset", "<u8"),  # where the safetensors member's data begins in the tar
-        ("jpeg_offset", "<u8"),  # where the first jpeg's data begins; the others follow in the same span
-        ("key", "<u8"),  # key_hash
-        ("size", "<u4"),  # bytes of the safetensors member
-        ("jpeg_size", "<u4"),  # bytes from the first jpeg's first byte to the last one's last; 0 without jpegs
-        ("crc", "<u4"),  # crc32 of the safetensors member
-        ("jpeg_crc", "<u4"),  # crc32 of the span of jpegs
-        ("words", "<u2"),
-        ("regions", "<u2"),
-        ("frames", "<u2"),
-        ("codes", "<u2"),
-        ("narration", "<i2"),  # number in the record; -1: the record has none
-    ]
-)
-"""One row of an index: 50 bytes."""
-
-
-class DamagedRecord(UserError):
-    """The bytes of a record are not those that were written."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        super().__init__(
-            f"{path}: the bytes of key {key!r} are damaged (their checksum differs); `opt shards verify {path.parent} "
-            f"--deep` lists all damage; delete {path.with_suffix('.json').name} and extract again to mend it"
-        )
-        self.path, self.key = path, key
-
-
-def key_hash(key: str) -> int:
-    """The key as 64 bits (BLAKE2b): tells pictures apart without reading them."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 class ShardWriter:
@@ -77,17 +44,19 @@ class ShardWriter:
             shard.write(record)
             shard.fail(key, "the picture is broken: ...")
 
-    A shard of that name is replaced, its receipt removed first.
+    A shard of that name is replaced, its receipt removed first. `int8` stores region and speech features as int8 with a
+    scale a row (`encoding.quantise`): half the bytes.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, int8: bool = False) -> None:
         self.folder, self.name = folder, name
+        self.storage: Storage = "int8" if int8 else "float16"
         self._rows: list[tuple[int, ...]] = []
         self._keys: set[str] = set()
         self._failures: list[Failure] = []
         self._hash = hashlib.sha256()
         self._offset = 0
-        self._widths = {"region_width": 0, "speech_width": 0, "frame_rate": 0.0}
+        self._widths: dict[str, float] = {"region_width": 0, "speech_width": 0, "frame_rate": 0.0}
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,20 +68,18 @@ class ShardWriter:
     def write(self, record: Record) -> None:
         """Append a record. Raises RecordError, having written nothing of it, when it breaks the contract."""
         check(record)
-        if record.key in self._keys:
-            raise RecordError(f"record {record.key!r}: this key is in the shard already")
-        widths = _widths(record, self._widths)
-        name = f"{record.key}.safetensors"
-        content = encode(record)
-        pictures, jpeg_start, jpegs = encode_pictures(record)
-        header = member_header(name, len(content))
-        offset = self._offset + len(header)
-        jpeg_offset = offset + len(content) + len(block_padding(len(content))) + jpeg_start if jpegs else 0
-        rows = _index_rows(record, offset, content, jpeg_offset, jpegs)
-        self._append(header, content, block_padding(len(content)), pictures)
-        self._rows += rows
-        self._keys.add(record.key)
-        self._widths = widths
+        self._add(encode(record, self.storage == "int8"), encode_pictures(record), _lengths(record))
+
+    def copy(self, shard: StoredShard, place: int) -> None:
+        """Append record `place` of another shard as its stored bytes, checked by their crc and never decoded.
+
+        Raises DamagedRecord; RecordError as `write` does; ValueError when that shard stores features in another way.
+        """
+        if shard.receipt.storage != self.storage:
+            raise ValueError(f"{shard.path} stores features as {shard.receipt.storage}, this shard as {self.storage}")
+        rows = shard.rows(place)
+        lengths = [tuple(int(row[name]) for name in (*LENGTHS, "narration")) for row in rows]
+        self._add(shard.content(rows[0]), shard.content(rows[0], "jpeg_"), lengths)
 
     def fail(self, key: str, reason: str) -> None:
         """Note that a source row, or a part of it, could not be used, and why. It goes into the receipt."""
@@ -127,7 +94,30 @@ class ShardWriter:
         if kind is None:
             self._finish()
 
-    def _append(self, *pieces: bytes) -> None:
+    def _add(self, content: bytes | bytearray, jpegs: bytes | bytearray, lengths: list[tuple[int, ...]]) -> None:
+        """A record as its safetensors bytes and its span of jpegs; `lengths` end its index rows."""
+        metadata, tensors = parse_header(content)
+        key = metadata["key"]
+        if key in self._keys:
+            raise RecordError(f"record {key!r}: this key is in the shard already")
+        widths = _widths(metadata, tensors, self._widths)
+        header, jpeg_header = member_header(f"{key}.safetensors", len(content)), first_jpeg_header(metadata)
+        padding = block_padding(len(content))
+        offset = self._offset + len(header)
+        jpeg_offset = offset + len(content) + len(padding) + len(jpeg_header) if jpegs else 0
+        checksums = (zlib.crc32(content), zlib.crc32(jpegs))
+        place = (offset, jpeg_offset, key_hash(key), len(content), len(jpegs), *checksums)
+        rows = [(*place, *row) for row in lengths]
+        for row in rows:
+            for value, name in zip(row, INDEX.names or (), strict=True):
+                if value > np.iinfo(INDEX[name]).max:
+                    raise RecordError(f"record {key!r}: {name} = {value} exceeds {np.iinfo(INDEX[name]).max}")
+        self._append(header, content, padding, jpeg_header, jpegs, block_padding(len(jpegs)))
+        self._rows += rows
+        self._keys.add(key)
+        self._widths = widths
+
+    def _append(self, *pieces: bytes | bytearray) -> None:
         for piece in pieces:
             self._tar.write(piece)
             self._hash.update(piece)
@@ -148,6 +138,7 @@ class ShardWriter:
             sha256=self._hash.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
             totals={name: int(table[name].sum(dtype=np.int64)) for name in LENGTHS},
+            storage=self.storage,
             failures=tuple(self._failures),
             **self._widths,  # type: ignore[arg-type]
         )
@@ -161,7 +152,7 @@ class ShardReader:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self._starts = np.cumsum([0] + [shard.samples for shard in self.manifest.shards])
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, StoredShard] = OrderedDict()
         self._checked: set[int] = set()
         """Shards whose index has been compared with its hash: once a reader, 50 bytes a sample."""
 
@@ -186,7 +177,7 @@ class ShardReader:
 
     def column(self, name: str) -> np.ndarray:
         """One column of INDEX over all samples, (n,). Read from the index files at each call."""
-        columns = [self._files(shard)[1][name] for shard in range(len(self.manifest.shards))]
+        columns = [self._shard(shard).index[name] for shard in range(len(self.manifest.shards))]
         return np.concatenate([np.zeros(0, INDEX[name]), *columns])
 
     def sample(self, number: int, jpeg: bool = False) -> Sample:
@@ -215,101 +206,62 @@ class ShardReader:
                 yield caption
 
     def _headers(self) -> Iterator[tuple[np.void, dict[str, Any]]]:
-        for shard in range(len(self.manifest.shards)):
-            tar, index = self._files(shard)
-            for row in index:
+        for number in range(len(self.manifest.shards)):
+            shard = self._shard(number)
+            for row in shard.index:
                 if row["narration"] <= 0:  # the first sample of its record
-                    try:
-                        header = read_header(tar, int(row["offset"]))
-                        sound = key_hash(header["key"]) == row["key"]
-                        sound &= all("caption" in told for told in header["narrations"])
-                    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-                        raise self._damaged(shard, tar, row) from error
-                    if not sound:
-                        raise self._damaged(shard, tar, row)
-                yield row, header
+                    metadata = shard.metadata(row)
+                yield row, metadata
 
     def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        tar, index = self._files(shard)
-        row = index[number - self._starts[shard]]
-        content = self._bytes(shard, tar, row, "")
-        return row, decode(content, self._bytes(shard, tar, row, "jpeg_") if jpeg else None)
+        place = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard = self._shard(place)
+        row = shard.index[number - self._starts[place]]
+        return row, shard.record(row, jpeg)
 
-    def _bytes(self, shard: int, tar: int, row: np.void, kind: str) -> bytearray:
-        """One pread, checked: the record (kind "") or its jpegs (kind "jpeg_")."""
-        content = bytearray(int(row[f"{kind}size"]))
-        got = os.preadv(tar, [content], int(row[f"{kind}offset"])) if content else 0
-        if got != len(content) or zlib.crc32(content) != row[f"{kind}crc"]:
-            raise self._damaged(shard, tar, row)
-        return content
-
-    def _damaged(self, shard: int, tar: int, row: np.void) -> DamagedRecord:
-        return DamagedRecord(
-            self.folder / f"{self.manifest.shards[shard].name}.tar", member_key(tar, int(row["offset"]))
-        )
-
-    def _files(self, shard: int) -> tuple[int, np.ndarray]:
-        """Descriptor of the tar and memory map of the index; the shard used longest ago is closed for a new one."""
-        if shard not in self._open:
-            receipt = self.manifest.shards[shard]
-            path = self.folder / receipt.name
-            try:
-                if shard not in self._checked and sha256(path.with_suffix(".npy")) != receipt.index_sha256:
-                    raise UserError(
-                        f"{path.with_suffix('.npy')} is damaged (its SHA-256 differs); delete {receipt.name}.json and "
-                        "extract again to mend it"
-                    )
-                index = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-                tar = os.open(path.with_suffix(".tar"), os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}; the manifest lists this shard") from error
-            self._checked.add(shard)
-            self._open[shard] = (tar, index)
+    def _shard(self, number: int) -> StoredShard:
+        """A shard, open; for a new one, the shard used longest ago is given up."""
+        if number not in self._open:
+            receipt = self.manifest.shards[number]
+            self._open[number] = StoredShard(self.folder, receipt, trusted=number in self._checked)
+            self._checked.add(number)
             if len(self._open) > OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-        self._open.move_to_end(shard)
-        return self._open[shard]
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
         return ShardReader, (self.folder,)
 
-    def __del__(self) -> None:
-        for tar, _ in getattr(self, "_open", {}).values():
-            os.close(tar)
 
-
-def _index_rows(record: Record, offset: int, content: bytes, jpeg_offset: int, jpegs: bytes) -> list[tuple[int, ...]]:
-    """The index rows of one record, one a narration, fields as in INDEX."""
+def _lengths(record: Record) -> list[tuple[int, ...]]:
+    """Words, regions, frames, codes and number of each narration: the end of its index row."""
     regions = sum(len(picture.regions) for picture in record.pictures if picture.regions is not None)
     codes = sum(picture.codes.size for picture in record.pictures if picture.codes is not None)
-    checksums = (zlib.crc32(content), zlib.crc32(jpegs))
-    place = (offset, jpeg_offset, key_hash(record.key), len(content), len(jpegs), *checksums)
-    rows: list[tuple[int, ...]] = []
+    rows = []
     for number, narration in enumerate(record.narrations):
         words = len(re.findall(r"\w+|[^\w\s]", narration.caption or ""))
         frames = 0 if narration.speech is None else len(narration.speech)
-        rows.append((*place, words, regions, frames, codes, number))
-    rows = rows or [(*place, 0, regions, 0, codes, -1)]
-    for row in rows:
-        for value, name in zip(row, INDEX.names or (), strict=True):
-            if value > np.iinfo(INDEX[name]).max:
-                raise RecordError(f"record {record.key!r}: {name} = {value} exceeds {np.iinfo(INDEX[name]).max}")
-    return rows
+        rows.append((words, regions, frames, codes, number))
+    return rows or [(0, regions, 0, codes, -1)]
 
 
-def _widths(record: Record, before: dict[str, float]) -> dict[str, float]:
+def _widths(
+    metadata: dict[str, Any], tensors: dict[str, dict[str, Any]], before: dict[str, float]
+) -> dict[str, float]:
     """Feature widths after this record, RecordError where one differs from those before it; the highest frame rate."""
-    seen = [("region_width", picture.regions.shape[1]) for picture in record.pictures if picture.regions is not None]
-    for narration in record.narrations:
-        if narration.speech is not None:
-            seen.append(("speech_width", narration.speech.shape[1]))
-    rates = [narration.frame_rate for narration in record.narrations if narration.speech is not None]
-    after = {**before, "frame_rate": float(max([before["frame_rate"], *rates]))}
-    for name, value in seen:
-        if after[name] not in (0, value):
-            raise RecordError(f"record {record.key!r}: {name} is {value}, the records before it have {after[name]}")
-        after[name] = value
+    after = dict(before)
+    for name, tensor in tensors.items():
+        part, number, field = name.split(".", 2)
+        if field in WIDTHS:
+            width, value = WIDTHS[field], tensor["shape"][1]
+            if after[width] not in (0, value):
+                raise RecordError(
+                    f"record {metadata['key']!r}: {width} is {value}, the records before it have {after[width]}"
+                )
+            after[width] = value
+        if field == "speech":
+            after["frame_rate"] = max(after["frame_rate"], metadata["narrations"][int(number)]["frame_rate"])
     return after

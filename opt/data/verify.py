@@ -15,7 +15,8 @@ from opt.config import UserError
 from opt.data.encoding import PICTURE_ARRAYS, member_key, read_header
 from opt.data.manifest import LENGTHS, Manifest, Receipt, is_intact
 from opt.data.record import Record, check
-from opt.data.shards import INDEX, DamagedRecord, ShardReader, key_hash
+from opt.data.shards import ShardReader
+from opt.data.stored import INDEX, DamagedRecord, key_hash
 from opt.files import sha256
 from opt.progress import progress
 
