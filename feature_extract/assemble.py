@@ -37,19 +37,29 @@ class Media:
         """Note a loss."""
         self.failures.append(Failure(self.item.key, f"{part}: {reason}"))
 
+    @property
+    def size(self) -> int:
+        """Bytes of the decoded pictures and sound."""
+        pixels = sum(3 * picture.image.width * picture.image.height for picture in self.pictures)
+        return pixels + sum(waveform.nbytes for waveform in self.waveforms if waveform is not None)
 
-def read_media(item: Item, keep_jpeg: bool, max_seconds: float | None) -> Media:
-    """Read an item's files; recordings only when `max_seconds` is given. Never raises for a file's sake."""
+
+def read_media(item: Item, root: Path, keep_jpeg: bool, max_seconds: float | None) -> Media:
+    """Read an item's files, whose paths begin at `root`; recordings only when `max_seconds` is given.
+
+    Never raises for a file's sake.
+    """
     media = Media(item)
     for number, path in enumerate(item.pictures):
         try:
-            media.pictures.append(read_picture(path, keep_jpeg))
+            media.pictures.append(read_picture(_place(root, path), keep_jpeg))
         except MediaError as error:
             media.fail(f"picture {number}", str(error))
     if len(media.pictures) == len(item.pictures):
         for number, narration in enumerate(item.narrations):
-            usable = narration.recording if max_seconds is not None and not _is_empty(narration) else None
-            media.waveforms.append(_waveform(media, number, usable, max_seconds or 0.0))
+            wanted = max_seconds is not None and not _is_empty(narration) and narration.recording is not None
+            place = _place(root, narration.recording or "") if wanted else None
+            media.waveforms.append(_waveform(media, number, place, max_seconds or 0.0))
     return media
 
 
@@ -67,7 +77,7 @@ def make_record(media: Media, extractors: Extractors) -> tuple[Record | None, li
     return Record(item.key, tuple(usable), narrations), media.failures
 
 
-def _waveform(media: Media, number: int, path: Path | None, max_seconds: float) -> np.ndarray | None:
+def _waveform(media: Media, number: int, path: Path | str | None, max_seconds: float) -> np.ndarray | None:
     if path is None:
         return None
     try:
@@ -87,8 +97,7 @@ def _picture(media: Media, number: int, loaded: LoadedPicture, extractors: Extra
     width, height = loaded.image.size
     if regions is None:
         return Picture(width, height, codes=codes, jpeg=loaded.jpeg)
-    found = (regions.features, regions.boxes, regions.classes, regions.scores)
-    return Picture(width, height, *found, codes=codes, jpeg=loaded.jpeg)
+    return Picture(width, height, **vars(regions), codes=codes, jpeg=loaded.jpeg)
 
 
 def _narration(media: Media, number: int, narration: NarrationItem, extractors: Extractors) -> Narration | None:
@@ -103,9 +112,15 @@ def _narration(media: Media, number: int, narration: NarrationItem, extractors: 
             media.fail(f"recording {number}", f"extractor failed ({type(error).__name__}: {error})")
     if speech is None:
         return Narration(narration.narration_id, narration.caption) if narration.caption is not None else None
-    return Narration(narration.narration_id, narration.caption, speech.features, speech.frame_rate, speech.seconds)
+    return Narration(narration.narration_id, narration.caption, speech.features, speech.frame_rate, speech.seconds,
+                     codes=speech.codes)
 
 
 def _is_empty(narration: NarrationItem) -> bool:
     """Whether the source has a caption with nothing in it; None, no caption at all, is no fault."""
     return narration.caption is not None and not narration.caption.strip()
+
+
+def _place(root: Path, path: str) -> Path | str:
+    """Where a picture or a recording lies: a file, or a URL as it is."""
+    return path if path.startswith(("http://", "https://")) else root / path

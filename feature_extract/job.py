@@ -1,160 +1,217 @@
-"""`opt extract`: a source of pictures, captions and recordings to a folder of shards.
+"""`opt extract`: a corpus of pictures, captions and recordings to a folder of shards.
 
-    source --read--> rows --plan--> work items, one a shard --runner--> shards and receipts --> manifest.json, last
+    source --plan--> rows --work--> work items, one a shard --runner--> shards and receipts --commit--> manifest.json, last
 
 The same command again goes on where it stopped: a shard with a receipt is done. Which rows make a shard is fixed by the
-source, so a row that fails leaves its neighbours where they are.
+plan, so a row that fails leaves its neighbours where they are.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import importlib
 import json
+import os
 import pkgutil
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from tyro.conf import Positional
+import tyro
 
-from feature_extract import local_runner, sources
+from feature_extract import sources
 from feature_extract.audio import AudioSettings
+from feature_extract.claim import claim
+from feature_extract.commit import commit, summary
 from feature_extract.extractors import Extractors, open_extractors
-from feature_extract.local_runner import Row, Setup, WorkItem
+from feature_extract.plan import Plan, open_plan
+from feature_extract.profiles import LONGEST, PROFILES, forecast, weight
 from feature_extract.regions import RegionSettings
-from feature_extract.sources.item import BadRow, Item
+from feature_extract.runners.here import run_here
+from feature_extract.runners.local import LocalWorker
+from feature_extract.runners.ray_cluster import RayWorker, cluster
+from feature_extract.runners.static import Share, share
+from feature_extract.runners.supervise import Limits, Supervisor, Tally
+from feature_extract.work import Setup, WorkItem
 from opt.config import UserError
-from opt.data.manifest import MANIFEST, Manifest, read_receipt, shard_name, write_manifest
-from opt.files import open_atomic, write_atomic
-from opt.lock import alone
-from opt.progress import progress
+from opt.data.manifest import MANIFEST, read_receipt, shard_name
+from opt.files import open_atomic
+from opt.lock import alone, in_turn, together
+from opt.progress import Progress, progress
 
-SETTINGS = "settings.json"
-FAILURES = "failures.jsonl"
-LONGEST = 65_535
-"""What the index of a shard can count of regions or frames."""
+AnySource = TypeVar("AnySource")
+
+QUESTIONS = "questions.jsonl"
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(Generic[AnySource]):
     """What to extract, with which networks, and where to."""
 
-    source: Positional[str]
-    """Layout of the corpus: a module of feature_extract/sources, such as localized_narratives."""
-    folder: Positional[Path]
-    """Where the corpus lies."""
+    layout: tyro.conf.Positional[str]
+    """How the corpus lies: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). Name it before
+    --help to see its own options."""
+    source: tyro.conf.OmitArgPrefixes[AnySource]
     out: Path
     """Folder of the shards; made when absent."""
-    split: str = "train"
-    """Which split of the corpus."""
+    profile: Literal["full", "standard", "compact"] = "standard"
+    """What is stored: it sets --frames-per-second, --max-frames, --top-classes and --int8 (docs/extraction.md)."""
     regions: str = "tiny"
     """Detector: tiny, none, or BACKEND:WEIGHTS, e.g. torchvision_detector:fasterrcnn_resnet50_fpn_v2:detector.pt"""
     audio: str = "tiny"
     """Speech network: tiny, none, or BACKEND:WEIGHTS, e.g. transformers_speech:facebook/wav2vec2-base"""
     codes: str = "tiny"
     """Image tokenizer: tiny, none, or BACKEND:WEIGHTS, e.g. dvae:codes.safetensors"""
-    max_regions: int = 36
-    """At most so many regions a picture."""
-    score_threshold: float = 0.2
-    """The detector's least score for a region; where all are below, the best one is kept."""
-    frames_per_second: float = 10.0
-    """Speech features are averaged in time to this rate."""
-    max_frames: int = 256
-    """A recording that would have more frames is averaged more coarsely, so that it fits."""
-    max_seconds: float = 300.0
-    """A longer recording is a recorded failure."""
+    region: tyro.conf.OmitArgPrefixes[RegionSettings] = field(default_factory=lambda: RegionSettings(top_classes=5))
+    speech: tyro.conf.OmitArgPrefixes[AudioSettings] = field(default_factory=AudioSettings)
+    int8: bool = False
+    """Store features as int8 with a scale a row: half the bytes."""
     jpeg: bool = True
     """Store each picture, its short side at most 256, for patch systems and for looking."""
     shard_size: int = 500
-    """Rows of the source in a shard: what one worker does at a time, and what a kill can cost."""
+    """Rows in a shard: what one worker does at a time, and what a kill can cost."""
+    runner: Literal["local", "ray", "static"] = "local"
+    """local: processes of this machine. ray: of the cluster that RAY_ADDRESS names. static: this process does one share
+    of the shards, told by RANK and WORLD_SIZE or by a SLURM job array."""
     workers: int = 2
-    """Processes that extract; what they write does not depend on their number."""
+    """Processes that extract, each with its own networks; what is written does not depend on their number. 0: this
+    process does the work, and nothing watches over it."""
     device: str = "auto"
     """Where the networks run: cpu, cuda, or auto, which is cuda where there is one."""
+    row_seconds: float = 600.0
+    """A row that takes longer is given up, and stands among the failures."""
+    max_failures: int | None = None
+    """Stop when more failures than this are counted."""
+    retry_failed: bool = False
+    """Do the rows again of which something was lost; the others stay as they are."""
     dry_run: bool = False
     """Only say what would be done."""
+
+    @classmethod
+    def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
+        """The type and values to begin with: the source's own options, and the profile's settings."""
+        layout = next((word for word in argv if word.replace("-", "_") in layouts()), "localized_narratives")
+        kind = importlib.import_module(f"{sources.__name__}.{_module(layout)}").Source
+        chosen = [after for word, after in zip(argv, [*argv[1:], ""], strict=True) if word == "--profile"]
+        chosen += [word.partition("=")[2] for word in argv if word.startswith("--profile=")]
+        stored = PROFILES.get(chosen[-1] if chosen else "standard", PROFILES["standard"])
+        missing: Any = tyro.MISSING
+        return ExtractConfig[kind], ExtractConfig(  # type: ignore[valid-type]
+            layout if layout in argv else missing, kind(missing, "train"), missing, int8=stored["int8"],
+            region=RegionSettings(top_classes=stored["top_classes"]),
+            speech=AudioSettings(frames_per_second=stored["frames_per_second"], max_frames=stored["max_frames"]),
+        )
 
 
 def extract(config: ExtractConfig) -> None:
     """Turn pictures, captions and recordings into shards of features. Run again after a stop, it goes on.
 
     Example: opt extract localized_narratives runs/demo/scenes --split train --out runs/demo/shards/train
+
+    `opt extract LAYOUT --help` shows the options of a layout.
     """
     _check(config)
-    rows = plan_rows(config.source, config.folder, config.split)
-    work = plan_work(rows, config.shard_size)
-    todo = [item for item in work if read_receipt(config.out, item.name) is None]
-    done = len(work) - len(todo)
-    if config.dry_run:
-        print(f"would extract {len(rows)} rows into {len(work)} shards in {config.out}; {done} are there already")
-        return
     device = _device(config.device)
-    with alone(config.out):
-        extractors = open_extractors(config.regions, config.audio, config.codes, _region_settings(config),
-                                     _audio_settings(config), device)
+    mine = share(os.environ) if config.runner == "static" else Share(0, 1)
+    if config.dry_run:
+        _tell(config, device)
+        return
+    with together(config.out) if config.runner == "static" else alone(config.out):
+        extractors = _open(config, device)
         descriptions = extractors.describe()
-        _claim(config, _fingerprint(rows, config.folder), device, descriptions)
-        if todo:
+        with in_turn(config.out):
+            plan = open_plan(config.source, _module(config.layout), config.out,
+                             lambda sha256: claim(config.out, _settings(config, sha256, device, descriptions)))
+            _write_questions(config)
+        job = Job(config, plan_work(plan.size, config.shard_size), mine)
+        setup = Setup(config.out, plan, config.source.root, descriptions, device, config.jpeg, config.int8)
+        if job.todo:
+            print(_forecast(config, plan, extractors), flush=True)
             (config.out / MANIFEST).unlink(missing_ok=True)
-        setup = Setup(config.out, descriptions, device, config.jpeg)
-        finished = len(rows) - sum(len(item.rows) for item in todo)
-        with progress(f"extract {config.split}", total=len(rows), done=finished, unit="rows") as bar:
-            local_runner.run(todo, setup, extractors, config.workers, bar.advance)
-        manifest = _commit(config.out, [item.name for item in work], extractors, descriptions)
-    print(_summary(config.out, manifest, done))
+            with progress(f"extract {config.source.split}", job.rows, job.rows_done, "rows") as bar:
+                run(config, job, setup, extractors, bar)
+        left = [item.name for item in job.work if read_receipt(config.out, item.name) is None]
+        if left:
+            print(f"{config.out}: share {mine.rank} of {mine.world} is done; {len(left)} of {len(job.work)} shards are "
+                  "with the other shares, whose last one writes the manifest")
+            return
+        manifest = commit(config.out, [item.name for item in job.work], extractors, descriptions)
+    print(summary(config.out, manifest, job.done))
 
 
-def plan_rows(source: str, folder: Path, split: str) -> list[Row]:
-    """All rows of the source, in its order; a key that has been seen becomes a BadRow in its place."""
-    module = source.replace("-", "_")
-    known = [entry.name for entry in pkgutil.iter_modules(sources.__path__)]
-    reader: Any = importlib.import_module(f"{sources.__name__}.{module}") if module in known else None
-    if not hasattr(reader, "read"):
-        raise UserError(f"{source!r}: there is no such source, or it is not one that reads a folder; "
-                        "`localized_narratives` is one")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected a corpus in the layout {source!r}")
-    keys: set[str] = set()
-    rows: list[Row] = []
-    for row in reader.read(folder, split):
-        if isinstance(row, Item) and row.key in keys:
-            row = BadRow(row.key, "another row has this key")
-        elif isinstance(row, Item):
-            keys.add(row.key)
-        rows.append(row)
-    if not keys:
-        raise UserError(f"{folder}: the split {split!r} holds no usable row ({len(rows)} rows)")
-    return rows
+class Job:
+    """The work items of one share: which there are, which are done, which are to do."""
+
+    def __init__(self, config: ExtractConfig, work: Sequence[WorkItem], mine: Share) -> None:
+        self.work = work
+        self.tally = Tally()
+        self.todo: list[WorkItem] = []
+        self.rows, self.rows_done, self.done = 0, 0, 0
+        for item in work[mine.rank :: mine.world]:
+            receipt = read_receipt(config.out, item.name)
+            again = receipt is not None and config.retry_failed and bool(receipt.failures)
+            self.rows += item.stop - item.start
+            if receipt is None or again:
+                self.todo.append(dataclasses.replace(item, retry=again))
+            else:
+                self.rows_done += item.stop - item.start
+                self.done += 1
+                self.tally.add([failure.reason for failure in receipt.failures])
 
 
-def plan_work(rows: Sequence[Row], shard_size: int) -> list[WorkItem]:
+def plan_work(rows: int, shard_size: int) -> list[WorkItem]:
     """Consecutive rows as work items, one a shard."""
-    starts = range(0, len(rows), shard_size)
-    return [WorkItem(shard_name(shard), tuple(rows[start : start + shard_size])) for shard, start in enumerate(starts)]
+    starts = range(0, rows, shard_size)
+    return [WorkItem(shard_name(shard), start, min(start + shard_size, rows)) for shard, start in enumerate(starts)]
+
+
+def run(config: ExtractConfig, job: Job, setup: Setup, extractors: Extractors, bar: Progress) -> None:
+    """Do the job's work items by its runner. Raises RunAgain when asked to stop before the end."""
+    limits = Limits(config.row_seconds, config.max_failures)
+    job.tally.check(limits)
+    if config.workers == 0:
+        run_here(job.todo, setup, extractors, limits, job.tally, bar)
+    elif config.runner == "ray":
+        with cluster(config.workers):
+            Supervisor(lambda: RayWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
+    else:
+        Supervisor(lambda: LocalWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
+
+
+def layouts() -> list[str]:
+    """The layouts that can be extracted: modules of feature_extract/sources with a Source."""
+    names = [entry.name for entry in pkgutil.iter_modules(sources.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"{sources.__name__}.{name}"), "Source")]
+
+
+def _module(layout: str) -> str:
+    return layout.replace("-", "_")
 
 
 def _check(config: ExtractConfig) -> None:
-    """Raises UserError for a number out of range."""
-    for name in ("max_regions", "max_frames", "shard_size", "frames_per_second", "max_seconds", "workers"):
+    """Raises UserError for a layout that is not there, a number out of range, or a corpus that cannot be read."""
+    if _module(config.layout) not in layouts():
+        raise UserError(f"{config.layout!r}: there is no such layout; there are {', '.join(layouts())}")
+    for name in ("shard_size", "row_seconds"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")
-    for name in ("max_regions", "max_frames"):
-        if getattr(config, name) > LONGEST:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a shard holds at most {LONGEST}")
-    if not 0 <= config.score_threshold < 1:
-        raise UserError(f"--score-threshold {config.score_threshold}: must be at least 0 and below 1")
+    if config.workers < 0 or (config.workers == 0 and config.runner == "ray"):
+        raise UserError(f"--workers {config.workers}: must be at least 0, and at least 1 with --runner ray")
+    if config.max_failures is not None and config.max_failures < 0:
+        raise UserError(f"--max-failures {config.max_failures}: must be at least 0")
+    for name, value in (("max_regions", config.region.max_regions), ("max_frames", config.speech.max_frames)):
+        if value > LONGEST:
+            raise UserError(f"--{name.replace('_', '-')} {value}: a shard holds at most {LONGEST}")
+    if not config.source.corpus.exists():
+        raise UserError(f"{config.source.corpus} is not there; expected a corpus in the layout {config.layout!r}")
+    config.source.files()
 
 
-def _region_settings(config: ExtractConfig) -> RegionSettings:
-    return RegionSettings(config.max_regions, config.score_threshold)
-
-
-def _audio_settings(config: ExtractConfig) -> AudioSettings:
-    return AudioSettings(config.frames_per_second, config.max_frames, config.max_seconds)
+def _open(config: ExtractConfig, device: str) -> Extractors:
+    return open_extractors(config.regions, config.audio, config.codes, config.region, config.speech, device)
 
 
 def _device(name: str) -> str:
@@ -166,91 +223,36 @@ def _device(name: str) -> str:
     return name
 
 
-def _claim(config: ExtractConfig, rows_sha256: str, device: str, extractors: dict[str, Any]) -> None:
-    """Note in the folder what its bytes depend on. Raises UserError when it holds shards of other settings."""
+def _settings(config: ExtractConfig, rows_sha256: str, device: str, extractors: dict[str, Any]) -> dict[str, Any]:
+    """What the bytes of the shards depend on."""
     settings: dict[str, Any] = {
-        "source": config.source.replace("-", "_"), "split": config.split, "rows_sha256": rows_sha256,
-        "shard_size": config.shard_size, "jpeg": config.jpeg, "device": device,
+        "layout": _module(config.layout), "split": config.source.split, "rows_sha256": rows_sha256,
+        "shard_size": config.shard_size, "jpeg": config.jpeg, "int8": config.int8, "device": device,
     }
     for kind in ("regions", "audio", "codes"):
         about = extractors.get(kind, {"backend": "none"})
         settings |= {kind: {name: value for name, value in about.items() if name != "settings"}}
         settings |= about.get("settings", {})
-    path = config.out / SETTINGS
-    if path.exists():
-        before = _settings(path)
-        for name, value in settings.items():
-            if name in before and before[name] != value:
-                raise UserError(
-                    f"{config.out} was begun with {_words(name, before[name])}, now it is {_words(name, value)}: "
-                    "give what it was begun with, or choose another --out"
-                )
-    elif any(config.out.glob("*.tar")):
-        raise UserError(f"{config.out} holds shards without {SETTINGS}, made in another way: choose another --out")
-    else:
-        write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
+    return settings
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What `_claim` wrote. Raises UserError when it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): choose another --out, or delete this folder") from error
+def _write_questions(config: ExtractConfig) -> None:
+    """The questions that the source has about its pictures, beside the shards."""
+    if hasattr(config.source, "questions") and not (config.out / QUESTIONS).exists():
+        with open_atomic(config.out / QUESTIONS, "w") as file:
+            file.writelines(json.dumps(question) + "\n" for question in config.source.questions())
 
 
-def _words(name: str, value: Any) -> str:
-    """A setting as the user knows it."""
-    if name == "rows_sha256":
-        return f"a source whose list of rows has the SHA-256 {value[:12]}"
-    if isinstance(value, dict):
-        value = ":".join(filter(None, (value["backend"], value.get("weights")))) + (
-            f" (SHA-256 {value['weights_sha256'][:12]})" if "weights_sha256" in value else "")
-    return f"--{name.replace('_', '-')} {value}"
+def _forecast(config: ExtractConfig, plan: Plan, extractors: Extractors) -> str:
+    size, measured = weight(plan, config.source.root, extractors, config.jpeg, config.int8)
+    return forecast(config.out, plan.size, size, measured, config.profile)
 
 
-def _fingerprint(rows: Sequence[Row], folder: Path) -> str:
-    """SHA-256 over everything the source says, with paths as seen from its folder."""
-    digest = hashlib.sha256()
-    for row in rows:
-        if isinstance(row, BadRow):
-            said: list[Any] = [row.key, row.reason]
-        else:
-            tellings = [(telling.narration_id, telling.caption, telling.recording) for telling in row.narrations]
-            said = [row.key, row.pictures, tellings]
-        digest.update(json.dumps(said, default=lambda path: str(path.relative_to(folder))).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _commit(out: Path, names: list[str], extractors: Extractors, descriptions: dict[str, Any]) -> Manifest:
-    """failures.jsonl from the receipts, then the manifest. Raises UserError when nothing could be used."""
-    receipts = [receipt for name in names if (receipt := read_receipt(out, name)) is not None]
-    with open_atomic(out / FAILURES, "w") as file:
-        for failure in (failure for receipt in receipts for failure in receipt.failures):
-            part, _, reason = failure.reason.partition(": ")
-            line = {"key": failure.key, "part": part, "reason": reason}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if not any(receipt.records for receipt in receipts):
-        raise UserError(f"{out}: not one row could be used; {out / FAILURES} says why for each")
-    classes = extractors.regions.classes if extractors.regions is not None else ()
-    codebook = extractors.codes.codebook if extractors.codes is not None else 0
-    return write_manifest(out, names, descriptions, classes, codebook)
-
-
-def _summary(out: Path, manifest: Manifest, already: int) -> str:
-    """Counts, networks, bytes a sample, failures by reason."""
-    size = sum(receipt.bytes for receipt in manifest.shards)
-    networks = ", ".join(f"{kind} {about['weights']}" for kind, about in manifest.extractors.items())
-    lines = [
-        f"{out}: {manifest.records} records, {manifest.samples} samples in {len(manifest.shards)} shards "
-        f"({already} were there already), {size / max(1, manifest.samples):,.0f} bytes a sample",
-        f"networks: {networks or 'none'}",
-    ]
-    reasons: Counter[str] = Counter()
-    for failure in manifest.failures:
-        part, _, reason = failure.reason.partition(": ")
-        reasons[f"{part.split()[0]}: {reason.partition(' (')[0]}"] += 1
-    if reasons:
-        lines.append(f"failures: {reasons.total()}, listed in {out / FAILURES}")
-        lines += [f"  {count:>6}  {reason}" for reason, count in reasons.most_common()]
-    return "\n".join(lines)
+def _tell(config: ExtractConfig, device: str) -> None:
+    """What a job would do; nothing is written but a plan that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = open_plan(config.source, _module(config.layout), Path(folder), lambda sha256: None)
+        work = plan_work(plan.size, config.shard_size)
+        done = sum(read_receipt(config.out, item.name) is not None for item in work)
+        print(f"would extract {plan.size:,} rows into {len(work):,} shards in {config.out}; {done:,} are there already")
+        print(_forecast(config, plan, _open(config, device)))

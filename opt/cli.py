@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import opt
-from opt.config import UserError
+from opt.config import RunAgain, UserError
 
 
 class Verb(NamedTuple):
@@ -52,7 +52,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0 done, 2 a mistake of the user's, 130 interrupted.
+    """Run one verb and return the exit status: 0 done, 2 a mistake of the user's, 75 run me again, 130 interrupted.
 
     What the file system refuses (a full disk, a folder that cannot be written) is answered as a mistake is.
     """
@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except RunAgain as stopped:
+        print(f"{prog}: {stopped}; run the same command again to go on", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -21,6 +21,10 @@ class UserError(Exception):
     """A mistake of the user's: shown as one sentence without a traceback. Names the value, the rule and the way out."""
 
 
+class RunAgain(Exception):
+    """Stopped as asked, in good order, before the end: the same command goes on. The message says how far it came."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as JSON-ready values (paths as strings)."""
     return {name: _plain(getattr(config, name)) for name in (field.name for field in dataclasses.fields(config))}

@@ -1,4 +1,7 @@
-"""One job a folder: whoever writes into a folder of results holds its lock."""
+"""One job a folder: whoever writes into a folder of results holds its lock, alone or together with its like.
+
+The system releases a lock however the process that holds it ends.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,45 @@ from opt.config import UserError
 def alone(folder: Path) -> Iterator[None]:
     """Keep other jobs out of the folder, and remove what a killed one left unfinished in it.
 
-    Raises UserError when another job holds it. The system releases the lock however this process ends.
+    Raises UserError when another job holds it.
     """
+    with _locked(folder, fcntl.LOCK_EX):
+        remove_unfinished(folder)
+        yield
+
+
+@contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """Keep jobs out that want the folder alone; parts of one job, each holding this, let each other in.
+
+    Raises UserError when a job has the folder alone.
+    """
+    with _locked(folder, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".turn").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed jobs left under temporary names. Only while nobody else writes."""
+    for forgotten in folder.glob(".*.tmp"):
+        if forgotten.is_file():
+            forgotten.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder}: another job is writing here; wait for it, or choose another --out") from error
-        for forgotten in folder.glob(".*.tmp"):
-            if forgotten.is_file():
-                forgotten.unlink(missing_ok=True)
         yield

@@ -1,0 +1,106 @@
+"""Workers as processes of this machine, each with its own networks, on one thread."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch
+
+from feature_extract.extractors import Extractors, reopen
+from feature_extract.runners.supervise import Event
+from feature_extract.work import Setup, WorkItem, extract_shard
+from opt.config import UserError
+
+PRELOADED = ["feature_extract.work", "feature_extract.backends.transformers_speech"]
+"""Imported once, by the process that workers are forked from."""
+
+
+class LocalWorker:
+    """A process and the two ends of what is said between us."""
+
+    def __init__(self, setup: Setup) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.ours, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(setup, theirs), daemon=True)
+        with signals_ignored():  # by the process: a Ctrl-C or a SIGTERM is for this one to handle
+            self.process.start()
+        theirs.close()
+
+    def give(self, work: WorkItem) -> None:
+        """Let it begin."""
+        self.ours.send(work)
+
+    def hear(self) -> list[Event]:
+        """What it has said since the last call."""
+        events: list[Event] = []
+        try:
+            while self.ours.poll():
+                events.append(self.ours.recv())
+        except (EOFError, ConnectionError):  # it has ended: `ended` says so
+            pass
+        return events
+
+    def ended(self) -> str:
+        """How it ended without being asked to; empty while it lives."""
+        code = self.process.exitcode
+        if code is None:
+            return ""
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def kill(self) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.join()
+        self.ours.close()
+
+
+def _work(setup: Setup, ours: Connection) -> None:
+    """The life of a worker: networks, then one work item after the other."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    networks = functools.cache(lambda: reopen(setup.extractors, setup.device))
+    while True:
+        do(ours.recv(), networks, setup, lambda event: ours.send(event))
+
+
+def do(work: WorkItem, networks: Callable[[], Extractors], setup: Setup, say: Callable[[Event], None]) -> None:
+    """One work item, and what is said of it. networks: opens the extractors, or gives those that are open."""
+    try:
+        extractors = networks()
+        say(Event("ready"))
+        extract_shard(work, extractors, setup, lambda row, reasons: say(Event("row", row, tuple(reasons))))
+        say(Event("shard"))
+    except (UserError, OSError) as error:  # an OSError is of writing: what cannot be read is a failure of its row
+        say(Event("error", error=error))
+    except Exception as error:  # a mistake of ours: the traceback is all that helps
+        say(Event("error", error=RuntimeError("".join(traceback.format_exception(error)))))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """SIGINT and SIGTERM ignored, as processes begun in this block go on doing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
