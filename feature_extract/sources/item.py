@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tyro.conf import Positional
+
 
 @dataclass(frozen=True)
 class NarrationItem:
@@ -51,7 +53,7 @@ class Source(Protocol):
     Its docstring says which corpus it reads, and the files that must lie there.
     """
 
-    corpus: Path
+    corpus: Positional[Path]
     split: str
 
     @property
