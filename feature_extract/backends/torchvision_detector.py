@@ -1,15 +1,14 @@
-"""Regions by any Faster R-CNN of torchvision: features after RoI pooling and the box head, one a detection.
+"""Regions by any Faster, Mask or Keypoint R-CNN of torchvision: features after RoI pooling and the box head.
 
     picture -> backbone -> proposals -> RoIAlign -> box head (P, D) -> classes, boxes -> NMS -> R rows of (P, D)
 
 Weights: "tiny" (the embedded detector), or BUILDER:CHECKPOINT, a torchvision builder and a file of its state
-dict, .safetensors or .pt, such as fasterrcnn_resnet50_fpn_v2:detector.pt.
+dict, .safetensors, .pt or .pth, bare or under "model" or "state_dict", such as fasterrcnn_resnet50_fpn_v2:detector.pt.
 Shape legend: P proposals, C classes without background, R kept detections, D feature width.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,20 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
 from feature_extract.description import describe
-from feature_extract.regions import Regions, RegionSettings
+from feature_extract.regions import Regions, RegionSettings, best, read_names
 from opt.config import UserError
+from opt.weights.state import read_state
 
 PREDICTOR = "roi_heads.box_predictor.cls_score.weight"
+KEYPOINTS = "roi_heads.keypoint_predictor.kps_score_lowres.weight"
+FAMILIES = ("fasterrcnn*", "maskrcnn*", "keypointrcnn*")
+"""Builders of a `FasterRCNN`; masks and keypoints are not computed."""
 
 
 class TorchvisionDetector:
     """A Faster R-CNN whose detections keep the box-head feature of the proposal that each came from."""
+
+    attributes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -48,7 +53,7 @@ class TorchvisionDetector:
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> Regions:
-        """The same boxes, classes and scores as `detector([pixels])`; the best one where that finds none.
+        """The same boxes, classes and scores as `detector([pixels])`; where those are few, filled up to `min_regions`.
 
         Raises ValueError for a picture of which the detector's own size leaves no line.
         """
@@ -63,7 +68,9 @@ class TorchvisionDetector:
         features_PD = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
         logits, deltas = heads.box_predictor(features_PD)
         boxes_PC4 = clip_boxes_to_image(heads.box_coder.decode(deltas, proposals), images.image_sizes[0])[:, 1:]
-        rows, columns, scores_R = self._detections(logits.softmax(-1)[:, 1:], boxes_PC4)
+        scores_PC = logits.softmax(-1)[:, 1:]
+        rows, columns, scores_R = self._detections(scores_PC, boxes_PC4)
+        top_classes, top_scores = best(scores_PC[rows], self.settings.top_classes)
         boxes_R4 = resize_boxes(boxes_PC4[rows, columns], images.image_sizes[0], size)
         scale = np.array([size[1], size[0], size[1], size[0]], np.float32)
         return Regions(
@@ -71,19 +78,29 @@ class TorchvisionDetector:
             boxes=np.clip(boxes_R4.cpu().numpy() / scale, 0, 1),
             classes=columns.cpu().numpy().astype(np.int16),
             scores=scores_R.cpu().numpy(),
+            top_classes=top_classes if self.settings.top_classes else None,
+            top_scores=top_scores if self.settings.top_classes else None,
         )
 
     def _detections(self, scores_PC: Tensor, boxes_PC4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposal, class and score of each detection, best first: `RoIHeads.postprocess_detections` and its origin."""
+        """Proposal, class and score of each detection, best first: `RoIHeads.postprocess_detections` and its origin.
+
+        A box below the threshold suppresses none above it, so what fills up only follows what was found.
+        """
         heads = self.detector.roi_heads
         scores, boxes = scores_PC.reshape(-1), boxes_PC4.reshape(-1, 4)
-        kept = torch.where(scores > heads.score_thresh)[0]
+        found = self._suppressed(torch.where(scores > heads.score_thresh)[0], scores, boxes)
+        if len(found) < self.settings.min_regions:
+            every = torch.arange(len(scores), device=scores.device)
+            found = self._suppressed(every, scores, boxes)[: self.settings.min_regions]
+        return found // scores_PC.shape[1], found % scores_PC.shape[1], scores[found]
+
+    def _suppressed(self, kept: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
+        """Those of `kept`, places in `scores`, that have a size and survive suppression within their class."""
+        heads = self.detector.roi_heads
         kept = kept[remove_small_boxes(boxes[kept], min_size=1e-2)]
-        if not len(kept) and len(scores):
-            kept = scores.argmax()[None]
-        labels = kept % scores_PC.shape[1]
-        best = batched_nms(boxes[kept], scores[kept], labels + 1, heads.nms_thresh)[: heads.detections_per_img]
-        return kept[best] // scores_PC.shape[1], labels[best], scores[kept[best]]
+        labels = kept % len(self.classes) + 1
+        return kept[batched_nms(boxes[kept], scores[kept], labels, heads.nms_thresh)[: heads.detections_per_img]]
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256, settings."""
@@ -99,15 +116,17 @@ def load(weights: str, settings: RegionSettings, device: str) -> TorchvisionDete
         classes = weights_file.read_config(weights_file.FOLDER / "regions.safetensors")["classes"]
         return TorchvisionDetector(load_regions(), tuple(classes), weights, settings, device)
     builder, _, name = weights.partition(":")
-    detectors = torchvision.models.list_models(module=torchvision.models.detection, include="fasterrcnn*")
+    models = torchvision.models
+    detectors = [one for family in FAMILIES for one in models.list_models(models.detection, include=family)]
     if builder not in detectors or not name:
         names = ", ".join(detectors)
         raise UserError(f"regions {weights!r}: expected tiny or BUILDER:CHECKPOINT, BUILDER one of {names}")
-    state = _read_state(Path(name))
+    state = read_state(Path(name))
     if PREDICTOR not in state:
         raise UserError(f"{name} holds no {PREDICTOR}: it is not the state dict of a torchvision Faster R-CNN")
     count = len(state[PREDICTOR])
-    detector = torchvision.models.get_model(builder, weights=None, weights_backbone=None, num_classes=count)
+    sizes = {"num_keypoints": state[KEYPOINTS].shape[1]} if KEYPOINTS in state else {}
+    detector = models.get_model(builder, weights=None, weights_backbone=None, num_classes=count, **sizes)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
@@ -115,26 +134,11 @@ def load(weights: str, settings: RegionSettings, device: str) -> TorchvisionDete
     return TorchvisionDetector(detector, _classes(Path(name), builder, count), weights, settings, device)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pt and .pth without running any pickled code."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose message advises to run what the file holds
-        raise UserError(f"{path} could not be read as a checkpoint: it holds something other than tensors") from error
-    except Exception as error:  # each format fails in its own ways
-        raise UserError(f"{path} could not be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    return dict(state.get("model", state)) if isinstance(state, dict) else {}
-
-
 def _classes(path: Path, builder: str, count: int) -> tuple[str, ...]:
     """Class names: lines of CHECKPOINT.classes.txt, else COCO's when the count is COCO's. Background is left out."""
     listed = path.with_suffix(".classes.txt")
     if listed.exists():
-        names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = read_names(listed)
     else:
         names = tuple(torchvision.models.get_model_weights(builder).DEFAULT.meta["categories"][1:])
     if len(names) != count - 1:

@@ -30,7 +30,11 @@ MOST_PICKLE_BYTES = 16 * 2**20
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """What a file of the older format begins with (torch.serialization)."""
 PARAMETER, TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
-STORAGES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16}
+STORAGES = {
+    "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+}
 CONTAINERS = {"collections.OrderedDict": OrderedDict, "__builtin__.set": set, "builtins.set": set}
 
 
@@ -70,22 +74,24 @@ class _Storage:
     length: int
 
 
-class _Unpickler(pickle.Unpickler):
+class InertUnpickler(pickle.Unpickler):
     """Builds Nodes for `names`, plain containers and numbers; refuses everything else."""
 
     def __init__(self, file: IO[bytes], names: Iterable[str]) -> None:
         super().__init__(file)
-        listed = {*names, *STORAGES, PARAMETER, TENSOR}
-        self.classes: dict[str, Any] = {
-            name: type("Named", (Node,), {"__slots__": (), "name": name}) for name in listed
-        }
+        self.names = {*names, *STORAGES, PARAMETER, TENSOR}
+        self.classes: dict[str, Any] = {}
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full not in self.classes and full not in CONTAINERS:
+        if full in CONTAINERS:
+            return CONTAINERS[full]
+        if full not in self.names and f"{full.partition('.')[0]}.*" not in self.names:
             raise UserError(f"it names {full}, which has no place in such a file; nothing was run")
-        return CONTAINERS.get(full) or self.classes[full]
+        if full not in self.classes:
+            self.classes[full] = type("Named", (Node,), {"__slots__": (), "name": full})
+        return self.classes[full]
 
     def persistent_load(self, place: Any) -> Any:
         """A storage; or, in the older format, a module's class with its source text, which nobody looks at."""
@@ -98,8 +104,8 @@ class _Unpickler(pickle.Unpickler):
 class Pickled:
     """A file opened: `root` is what was saved, `tensor` gives a tensor of it.
 
-    names: the classes that may stand in the file, "module.name". Raises UserError for a file that names anything else,
-    or that is not from `torch.save`.
+    names: the classes that may stand in the file, "module.name", or "package.*" for all of one. Raises UserError for a
+    file that names anything else, or that is not from `torch.save`.
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
@@ -145,7 +151,7 @@ def _read_zip(path: Path, names: Iterable[str]) -> tuple[Any, dict[str, tuple[in
         program = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
         if program.file_size > MOST_PICKLE_BYTES:
             raise UserError(f"its pickle has {program.file_size:,} bytes, more than {MOST_PICKLE_BYTES:,}")
-        root = _Unpickler(io.BytesIO(archive.read(program)), names).load()
+        root = InertUnpickler(io.BytesIO(archive.read(program)), names).load()
         folder = program.filename.removesuffix(".pkl") + "/"
         return root, {
             entry.filename.removeprefix(folder): (_content(file, entry), entry.file_size)
@@ -163,14 +169,14 @@ def _content(file: IO[bytes], entry: zipfile.ZipInfo) -> int:
 def _read_older(path: Path, names: Iterable[str]) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The same from the format before torch 1.6: five pickles, then each storage behind its length."""
     with path.open("rb") as file:
-        if _Unpickler(file, ()).load() != MAGIC_NUMBER:
+        if InertUnpickler(file, ()).load() != MAGIC_NUMBER:
             raise UserError("not a file of torch.save")
-        _Unpickler(file, ()).load()  # the format's version
-        _Unpickler(file, ()).load()  # about the machine
-        reader = _Unpickler(file, names)
+        InertUnpickler(file, ()).load()  # the format's version
+        InertUnpickler(file, ()).load()  # about the machine
+        reader = InertUnpickler(file, names)
         root = reader.load()
         places = {}
-        for key in _Unpickler(file, ()).load():
+        for key in InertUnpickler(file, ()).load():
             (length,) = struct.unpack("<q", file.read(8))
             size = length * reader.storages[key].dtype.itemsize
             places[key] = (file.tell(), size)

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from feature_extract.audio import AudioSettings, pool_frames
-from feature_extract.backends import dvae, torchvision_detector, transformers_speech
+from feature_extract.backends import dvae, transformers_speech
 from feature_extract.extractors import open_extractors, reopen
 from feature_extract.regions import RegionSettings
 from feature_extract.tiny import weights_file
@@ -42,54 +42,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture():
     return Image.fromarray(np.random.default_rng(0).integers(256, size=(120, 160, 3), dtype=np.uint8))
-
-
-@torch.inference_mode()
-def test_detections_are_torchvisions_and_features_the_box_heads(checkpoint, picture):
-    settings = RegionSettings(max_regions=20, score_threshold=0.05)
-    extractor = torchvision_detector.load(f"{BUILDER}:{checkpoint}", settings, "cpu")
-    detector = get_model(BUILDER, weights=None, weights_backbone=None, num_classes=6, box_score_thresh=0.05,
-                         box_detections_per_img=20).eval()
-    detector.load_state_dict(torch.load(checkpoint, weights_only=True))
-    seen = {}
-    detector.roi_heads.box_head.register_forward_hook(lambda *call: seen.update(features=call[2]))
-    detector.roi_heads.box_predictor.register_forward_hook(lambda *call: seen.update(logits=call[2][0]))
-    (direct,) = detector([pil_to_tensor(picture).float() / 255])
-    found = extractor(picture)
-    assert len(found.scores) == 20 and extractor.classes == ("dog", "cat", "cow", "hen", "pig")
-    np.testing.assert_array_equal(found.scores, direct["scores"].numpy())
-    np.testing.assert_array_equal(found.classes + 1, direct["labels"].numpy())
-    np.testing.assert_array_equal(found.boxes, direct["boxes"].numpy() / np.array([160, 120, 160, 120], np.float32))
-    probabilities_PC = seen["logits"].softmax(-1)
-    for number, (label, score) in enumerate(zip(direct["labels"], direct["scores"], strict=True)):
-        origins = torch.where(probabilities_PC[:, label] == score)[0]  # several where proposals coincide
-        features = seen["features"][origins].numpy().astype(np.float16)
-        assert (found.features[number] == features).all(axis=1).any()
-
-
-def test_the_best_region_is_kept_when_all_are_below_the_threshold(checkpoint, picture):
-    every = torchvision_detector.load(f"{BUILDER}:{checkpoint}", RegionSettings(36, 0.0), "cpu")(picture)
-    best = torchvision_detector.load(f"{BUILDER}:{checkpoint}", RegionSettings(36, 0.99), "cpu")(picture)
-    assert len(best.scores) == 1
-    np.testing.assert_array_equal(best.scores, every.scores[:1])
-    np.testing.assert_array_equal(best.features, every.features[:1])
-
-
-def test_a_picture_of_a_few_lines_is_too_narrow(checkpoint):
-    detector = torchvision_detector.load(f"{BUILDER}:{checkpoint}", RegionSettings(), "cpu")
-    with pytest.raises(ValueError, match=r"30,000 x 10 pixels is too narrow"):
-        detector(Image.new("RGB", (30_000, 10)))
-    detector(Image.new("RGB", (20, 600)))
-
-
-@pytest.mark.parametrize(
-    ("weights", "said"),
-    [("nothing:x.pt", "BUILDER one of"), (f"{BUILDER}:missing.pt", "could not be read"),
-     ("fasterrcnn_resnet50_fpn_v2:{checkpoint}", "does not fit")],
-)
-def test_a_wrong_checkpoint_is_a_clear_error(checkpoint, weights, said):
-    with pytest.raises(UserError, match=said):
-        torchvision_detector.load(weights.format(checkpoint=checkpoint), RegionSettings(), "cpu")
 
 
 def test_transformers_folder_against_a_direct_call(tmp_path):
@@ -132,8 +84,8 @@ def test_codes_from_a_file_and_back(tmp_path, picture):
 
 
 def test_extractors_are_rebuilt_from_their_description(checkpoint, picture):
-    first = open_extractors(f"torchvision_detector:{BUILDER}:{checkpoint}", "none", "none", RegionSettings(5, 0.1),
-                            AudioSettings(), "cpu")
+    first = open_extractors(f"torchvision_detector:{BUILDER}:{checkpoint}", "none", "none",
+                            RegionSettings(max_regions=5, score_threshold=0.1), AudioSettings(), "cpu")
     about = first.describe()
     again = reopen(about, "cpu")
     np.testing.assert_array_equal(first.regions(picture).features, again.regions(picture).features)
@@ -156,11 +108,3 @@ def test_a_backend_of_another_kind_is_refused(kind, word):
     words = {"regions": "none", "audio": "none", "codes": "none"} | {kind: word}
     with pytest.raises(UserError, match=f"--{kind} {word.split(':')[0]}: .* there are"):
         open_extractors(**words, region_settings=RegionSettings(), audio_settings=AudioSettings(), device="cpu")
-
-
-def test_an_unreadable_checkpoint_gives_no_dangerous_advice(tmp_path):
-    path = tmp_path / "detector.pt"
-    path.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match="could not be read as a checkpoint") as error:
-        torchvision_detector.load(f"fasterrcnn_resnet50_fpn_v2:{path}", RegionSettings(), "cpu")
-    assert "weights_only" not in str(error.value)
