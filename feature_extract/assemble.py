@@ -97,7 +97,8 @@ def _picture(media: Media, number: int, loaded: LoadedPicture, extractors: Extra
     width, height = loaded.image.size
     if regions is None:
         return Picture(width, height, codes=codes, jpeg=loaded.jpeg)
-    return Picture(width, height, **vars(regions), codes=codes, jpeg=loaded.jpeg)
+    found = dict(vars(regions))
+    return Picture(width, height, found.pop("features"), **found, codes=codes, jpeg=loaded.jpeg)
 
 
 def _narration(media: Media, number: int, narration: NarrationItem, extractors: Extractors) -> Narration | None:

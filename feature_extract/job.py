@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 import tyro
@@ -51,8 +51,8 @@ QUESTIONS = "questions.jsonl"
 class ExtractConfig(Generic[AnySource]):
     """What to extract, with which networks, and where to."""
 
-    layout: tyro.conf.Positional[str]
-    """How the corpus lies: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). Name it before
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Which layout the corpus has: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). Name it before
     --help to see its own options."""
     source: tyro.conf.OmitArgPrefixes[AnySource]
     out: Path
@@ -93,14 +93,14 @@ class ExtractConfig(Generic[AnySource]):
     @classmethod
     def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
         """The type and values to begin with: the source's own options, and the profile's settings."""
-        layout = next((word for word in argv if word.replace("-", "_") in layouts()), "localized_narratives")
-        kind = importlib.import_module(f"{sources.__name__}.{_module(layout)}").Source
+        name = next((word for word in argv if _module(word) in names()), "localized_narratives")
+        kind = importlib.import_module(f"{sources.__name__}.{_module(name)}").Source
         chosen = [after for word, after in zip(argv, [*argv[1:], ""], strict=True) if word == "--profile"]
         chosen += [word.partition("=")[2] for word in argv if word.startswith("--profile=")]
         stored = PROFILES.get(chosen[-1] if chosen else "standard", PROFILES["standard"])
         missing: Any = tyro.MISSING
         return ExtractConfig[kind], ExtractConfig(  # type: ignore[valid-type]
-            layout if layout in argv else missing, kind(missing, "train"), missing, int8=stored["int8"],
+            name if name in argv else missing, kind(missing, "train"), missing, int8=stored["int8"],
             region=RegionSettings(top_classes=stored["top_classes"]),
             speech=AudioSettings(frames_per_second=stored["frames_per_second"], max_frames=stored["max_frames"]),
         )
@@ -111,7 +111,7 @@ def extract(config: ExtractConfig) -> None:
 
     Example: opt extract localized_narratives runs/demo/scenes --split train --out runs/demo/shards/train
 
-    `opt extract LAYOUT --help` shows the options of a layout.
+    `opt extract SOURCE --help` shows the options of a source.
     """
     _check(config)
     device = _device(config.device)
@@ -123,7 +123,7 @@ def extract(config: ExtractConfig) -> None:
         extractors = _open(config, device)
         descriptions = extractors.describe()
         with in_turn(config.out):
-            plan = open_plan(config.source, _module(config.layout), config.out,
+            plan = open_plan(config.source, _module(config.name), config.out,
                              lambda sha256: claim(config.out, _settings(config, sha256, device, descriptions)))
             _write_questions(config)
         job = Job(config, plan_work(plan.size, config.shard_size), mine)
@@ -181,20 +181,20 @@ def run(config: ExtractConfig, job: Job, setup: Setup, extractors: Extractors, b
         Supervisor(lambda: LocalWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
 
 
-def layouts() -> list[str]:
-    """The layouts that can be extracted: modules of feature_extract/sources with a Source."""
+def names() -> list[str]:
+    """The sources that can be extracted: modules of feature_extract/sources with a Source."""
     names = [entry.name for entry in pkgutil.iter_modules(sources.__path__)]
     return [name for name in names if hasattr(importlib.import_module(f"{sources.__name__}.{name}"), "Source")]
 
 
-def _module(layout: str) -> str:
-    return layout.replace("-", "_")
+def _module(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _check(config: ExtractConfig) -> None:
-    """Raises UserError for a layout that is not there, a number out of range, or a corpus that cannot be read."""
-    if _module(config.layout) not in layouts():
-        raise UserError(f"{config.layout!r}: there is no such layout; there are {', '.join(layouts())}")
+    """Raises UserError for a source that is not there, a number out of range, or a corpus that cannot be read."""
+    if _module(config.name) not in names():
+        raise UserError(f"{config.name!r}: there is no such source; there are {', '.join(names())}")
     for name in ("shard_size", "row_seconds"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")
@@ -202,11 +202,14 @@ def _check(config: ExtractConfig) -> None:
         raise UserError(f"--workers {config.workers}: must be at least 0, and at least 1 with --runner ray")
     if config.max_failures is not None and config.max_failures < 0:
         raise UserError(f"--max-failures {config.max_failures}: must be at least 0")
-    for name, value in (("max_regions", config.region.max_regions), ("max_frames", config.speech.max_frames)):
-        if value > LONGEST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: a shard holds at most {LONGEST}")
+    ranges = {"max_regions": (1, LONGEST), "max_frames": (0, LONGEST), "frames_per_second": (0, 1e6),
+              "max_seconds": (0.1, 1e6), "score_threshold": (0, 1), "top_classes": (0, LONGEST)}
+    for name, (least, most) in ranges.items():
+        value = {**vars(config.region), **vars(config.speech)}[name]
+        if not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must lie in {least} to {most:g}")
     if not config.source.corpus.exists():
-        raise UserError(f"{config.source.corpus} is not there; expected a corpus in the layout {config.layout!r}")
+        raise UserError(f"{config.source.corpus} is not there; expected a corpus in the layout {config.name!r}")
     config.source.files()
 
 
@@ -226,7 +229,7 @@ def _device(name: str) -> str:
 def _settings(config: ExtractConfig, rows_sha256: str, device: str, extractors: dict[str, Any]) -> dict[str, Any]:
     """What the bytes of the shards depend on."""
     settings: dict[str, Any] = {
-        "layout": _module(config.layout), "split": config.source.split, "rows_sha256": rows_sha256,
+        "source": _module(config.name), "split": config.source.split, "rows_sha256": rows_sha256,
         "shard_size": config.shard_size, "jpeg": config.jpeg, "int8": config.int8, "device": device,
     }
     for kind in ("regions", "audio", "codes"):
@@ -251,7 +254,7 @@ def _forecast(config: ExtractConfig, plan: Plan, extractors: Extractors) -> str:
 def _tell(config: ExtractConfig, device: str) -> None:
     """What a job would do; nothing is written but a plan that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = open_plan(config.source, _module(config.layout), Path(folder), lambda sha256: None)
+        plan = open_plan(config.source, _module(config.name), Path(folder), lambda sha256: None)
         work = plan_work(plan.size, config.shard_size)
         done = sum(read_receipt(config.out, item.name) is not None for item in work)
         print(f"would extract {plan.size:,} rows into {len(work):,} shards in {config.out}; {done:,} are there already")

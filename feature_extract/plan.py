@@ -67,14 +67,14 @@ class Plan:
         return [_joined([_decode(content) for content in contents]) for contents in groups.values()]
 
 
-def open_plan(source: Source, layout: str, out: Path, agree: Callable[[str], None]) -> Plan:
+def open_plan(source: Source, name: str, out: Path, agree: Callable[[str], None]) -> Plan:
     """The plan in `out`: the one that is there, when the source's files are as they were, or else a new one.
 
-    layout: the source's name. agree: called with the SHA-256 of the rows before a plan is put in place; may raise.
+    name: the source's. agree: called with the SHA-256 of the rows before a plan is put in place; may raise.
     Raises UserError when the source cannot be read, or holds no usable row.
     """
     path = out / NAME
-    signature = _signature(source, layout)
+    signature = _signature(source, name)
     try:
         about = _about(path)
     except (sqlite3.Error, KeyError, ValueError):  # none, or damaged: it can always be made again
@@ -133,6 +133,7 @@ def _fill(database: sqlite3.Connection, source: Source, signature: str) -> dict[
 
 def _told(source: Source, digest: Any, bar: Progress) -> Iterator[tuple[int, str, str]]:
     """Rows of the table `told`. A good row belongs with all others of its key, a bad one stands alone."""
+    number = -1
     for number, row in enumerate(source.rows()):
         checked = _inside(row)
         content = _encode(checked)
@@ -140,6 +141,7 @@ def _told(source: Source, digest: Any, bar: Progress) -> Iterator[tuple[int, str
         yield number, f"+{checked.key}" if isinstance(checked, Item) else f"-{number}", content
         if number % PROGRESS_STEP == PROGRESS_STEP - 1:
             bar.advance(PROGRESS_STEP)
+    bar.advance((number + 1) % PROGRESS_STEP)
 
 
 def _inside(row: Item | BadRow) -> Item | BadRow:
@@ -190,14 +192,14 @@ def _joined(rows: list[Item | BadRow]) -> Row:
     return Row(Item(first.key, first.pictures, tuple(narrations)), tuple(losses))
 
 
-def _signature(source: Source, layout: str) -> str:
+def _signature(source: Source, name: str) -> str:
     """What the rows depend on: the source's options, and name, size and time of all that it reads them from."""
-    options = {name: str(value) for name, value in vars(source).items() if name != "corpus"}
+    options = {option: str(value) for option, value in vars(source).items() if option != "corpus"}
     files = []
     for path in source.files():
         status = path.stat()
         files.append([os.path.relpath(path, source.corpus), status.st_size, status.st_mtime_ns])
-    return json.dumps([FORMAT, layout, options, files])
+    return json.dumps([FORMAT, name, options, files])
 
 
 def _about(path: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`opt extract` as a whole: what is written, what is lost and said so, what a stop and a changed setting do."""
 
-import dataclasses
 import json
 import multiprocessing
 import tarfile
@@ -8,23 +7,14 @@ import tarfile
 import numpy as np
 import pytest
 
-from feature_extract import local_runner
+from feature_extract import job, work
 from feature_extract.extractors import load_extractors
-from feature_extract.job import ExtractConfig, extract
+from feature_extract.job import extract
 from feature_extract.media import read_picture, read_recording
+from jobs import config, contents
 from opt.config import UserError
 from opt.data.manifest import read_manifest
 from opt.data.shards import ShardReader
-
-
-def config(corpus, out, **more) -> ExtractConfig:
-    settings = {"shard_size": 3, "workers": 1, "device": "cpu"} | more
-    return ExtractConfig("localized_narratives", corpus, out, **settings)
-
-
-def contents(folder) -> dict[str, bytes]:
-    """Every file of a finished job but its lock."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 def members(folder) -> dict[tuple[str, str], bytes]:
@@ -44,7 +34,7 @@ def test_samples_hold_what_the_extractors_see(corpus, tmp_path, capsys):
     regions, audio, codes = load_extractors(reader.manifest)
     sample = reader.sample(3, jpeg=True)
     picture = read_picture(corpus / "images" / "p2.jpg")
-    with local_runner.one_thread():
+    with work.one_thread():
         found = regions(picture.image)
         speech = audio(read_recording(corpus / "voice" / "train" / "r8.flac"))
         np.testing.assert_array_equal(sample.pictures[0].codes, codes(picture.image))
@@ -97,7 +87,7 @@ def test_one_telling_without_a_caption_leaves_the_other(corpus, tmp_path):
 def test_a_second_run_does_nothing_again(corpus, tmp_path, monkeypatch, capsys):
     extract(config(corpus, tmp_path / "out"))
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(local_runner, "extract_shard", lambda *_: pytest.fail("a finished shard was extracted again"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("a finished shard was extracted again"))
     extract(config(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == before
     assert "(3 were there already)" in capsys.readouterr().out
@@ -105,7 +95,7 @@ def test_a_second_run_does_nothing_again(corpus, tmp_path, monkeypatch, capsys):
 
 def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
     extract(config(corpus, tmp_path / "whole"))
-    make, made = local_runner.make_record, []
+    make, made = work.make_record, []
 
     def stop_at_the_fifth(*given):
         made.append(given)
@@ -113,11 +103,11 @@ def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make(*given)
 
-    monkeypatch.setattr(local_runner, "make_record", stop_at_the_fifth)
+    monkeypatch.setattr(work, "make_record", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         extract(config(corpus, tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == ["00000.json", "00000.npy", "00000.tar", "settings.json"]
-    monkeypatch.setattr(local_runner, "make_record", make)
+    monkeypatch.setattr(work, "make_record", make)
     (tmp_path / "out" / ".00001.tar.0123abcd.tmp").write_bytes(b"left by a kill")
     (tmp_path / "out" / "00002.tar").write_bytes(b"a shard without a receipt")
     kept = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
@@ -139,10 +129,9 @@ def test_processes_write_the_same_bytes(corpus, tmp_path):
      ({"shard_size": 4}, "--shard-size 3"), ({"audio": "none"}, "now it is --audio none")],
 )
 def test_other_settings_need_another_folder(corpus, tmp_path, change, said):
-    small = config(corpus, tmp_path / "out", codes="none")
-    extract(small)
+    extract(config(corpus, tmp_path / "out", codes="none"))
     with pytest.raises(UserError, match=said):
-        extract(dataclasses.replace(small, **change))
+        extract(config(corpus, tmp_path / "out", **{"codes": "none"} | change))
     read_manifest(tmp_path / "out")
 
 
@@ -150,7 +139,7 @@ def test_another_list_of_rows_needs_another_folder(corpus, tmp_path):
     extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
     path = corpus / "train_localized_narratives.jsonl"
     path.write_text(path.read_text().replace("Telling", "Saying"))
-    with pytest.raises(UserError, match="list of rows"):
+    with pytest.raises(UserError, match="whose rows have the SHA-256"):
         extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
 
 
@@ -168,7 +157,7 @@ def test_a_repeated_key_and_a_corpus_of_nothing_usable(corpus, tmp_path):
     with pytest.raises(UserError, match="not one row could be used"):
         extract(config(corpus, tmp_path / "out"))
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
-    assert reasons == ["missing file", "another row has this key"]
+    assert reasons == ["another row has this key and another picture", "missing file"]
 
 
 def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
@@ -177,7 +166,7 @@ def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
             extract(config(corpus, tmp_path / "out"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local_runner, "run", second)
+    monkeypatch.setattr(job, "run", second)
     with pytest.raises(KeyboardInterrupt):
         extract(config(corpus, tmp_path / "out"))
 
@@ -190,7 +179,7 @@ def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change",
     [{"frames_per_second": float("nan")}, {"frames_per_second": float("inf")}, {"max_seconds": float("inf")},
-     {"max_frames": 70_000}, {"max_regions": 70_000}, {"shard_size": -1}, {"workers": 0}, {"score_threshold": 1.0}],
+     {"max_frames": 70_000}, {"max_regions": 70_000}, {"shard_size": -1}, {"workers": -1}, {"score_threshold": 1.1}, {"row_seconds": 0.0}, {"max_failures": -1}],
 )
 def test_numbers_out_of_range_are_refused_before_any_work(corpus, tmp_path, change):
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} "):
