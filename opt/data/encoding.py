@@ -27,7 +27,7 @@ PICTURE_ARRAYS = (*REGION_ARRAYS, "codes")
 NARRATION_ARRAYS = ("speech", "codes")
 FEATURES = ("regions", "speech")
 """The arrays that int8 storage makes smaller."""
-DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1")}
+DTYPES = {name: np.dtype(kind) for name, kind in {"F16": "<f2", "F32": "<f4", "I16": "<i2", "I8": "i1"}.items()}
 LARGEST = 127
 FIRST_READ = 8192
 """Bytes read at once to get a record's header; most headers fit."""

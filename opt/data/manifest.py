@@ -20,6 +20,7 @@ from opt.files import write_atomic
 SCHEMA = 2
 MANIFEST = "manifest.json"
 LENGTHS = ("words", "regions", "frames", "codes")
+AGAIN = "run the command that made the folder again"
 Storage = Literal["float16", "int8"]
 """How region and speech features lie on disk; what is read is float16."""
 
@@ -138,7 +139,7 @@ def write_manifest(
     for name in shards:
         receipt = read_receipt(folder, name)
         if receipt is None:
-            raise UserError(f"{folder}: shard {name} is incomplete; run the same `opt extract` command again")
+            raise UserError(f"{folder}: shard {name} is incomplete; {AGAIN}")
         receipts.append(receipt)
     manifest = Manifest(
         extractors=extractors,
@@ -163,27 +164,27 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete folder. Raises UserError that says what is missing otherwise."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected shards written by `opt extract`")
+        raise UserError(f"{folder} is not a folder; expected shards, as `opt extract` writes them")
     if not path.exists():
         done = len(list(folder.glob("[0-9]*.json")))
         if not done:
-            raise UserError(f"{folder} holds no shards; expected a folder that `opt extract` has finished")
+            raise UserError(f"{folder} holds no shards; expected a folder as `opt extract` leaves it")
         raise UserError(
-            f"{folder} holds {done} complete shards but no {MANIFEST}, so the extraction has not ended; "
-            "run the same `opt extract` command again to finish it"
+            f"{folder} holds {done} complete shards but no {MANIFEST}: `opt extract`, or what else made it, has not "
+            f"ended; {AGAIN} to finish it"
         )
     content = path.read_bytes()
     try:
         values = dict(json.loads(content))
         seal = values.pop("sha256")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); run the same `opt extract` command again to write it") from error
+        raise UserError(f"{path} is damaged ({error}); {AGAIN} to write it") from error
     if values.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema {values.get('schema')}, this version reads {SCHEMA}; extract again, or install the other"
         )
     if content != _sealed(values):
-        raise UserError(f"{path} is not as it was written (its SHA-256 was {seal}); extract again to write it")
+        raise UserError(f"{path} is not as it was written (its SHA-256 was {seal}); {AGAIN} to write it")
     return from_dict(Manifest, values, str(path))
 
 

@@ -213,12 +213,16 @@ class ShardReader:
                     metadata = shard.metadata(row)
                 yield row, metadata
 
-    def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
+    def locate(self, number: int) -> tuple[StoredShard, np.void]:
+        """The shard of sample `number`, open, and the sample's row of its index."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         shard = self._shard(place)
-        row = shard.index[number - self._starts[place]]
+        return shard, shard.index[number - self._starts[place]]
+
+    def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
+        shard, row = self.locate(number)
         return row, shard.record(row, jpeg)
 
     def _shard(self, number: int) -> StoredShard:
@@ -240,7 +244,7 @@ def _lengths(record: Record) -> list[tuple[int, ...]]:
     """Words, regions, frames, codes and number of each narration: the end of its index row."""
     regions = sum(len(picture.regions) for picture in record.pictures if picture.regions is not None)
     codes = sum(picture.codes.size for picture in record.pictures if picture.codes is not None)
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for number, narration in enumerate(record.narrations):
         words = len(re.findall(r"\w+|[^\w\s]", narration.caption or ""))
         frames = 0 if narration.speech is None else len(narration.speech)

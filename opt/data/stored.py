@@ -21,7 +21,7 @@ import numpy as np
 
 from opt.config import UserError
 from opt.data.encoding import decode, member_key, read_header
-from opt.data.manifest import Receipt
+from opt.data.manifest import AGAIN, Receipt
 from opt.data.record import Record
 from opt.files import sha256
 
@@ -50,7 +50,7 @@ class DamagedRecord(UserError):
     def __init__(self, path: Path, key: str) -> None:
         super().__init__(
             f"{path}: the bytes of key {key!r} are damaged (their checksum differs); `opt shards verify {path.parent} "
-            f"--deep` lists all damage; delete {path.with_suffix('.json').name} and extract again to mend it"
+            f"--deep` lists all damage; delete {path.with_suffix('.json').name} and {AGAIN} to mend it"
         )
         self.path, self.key = path, key
 
@@ -79,7 +79,7 @@ class StoredShard:
         try:
             if not trusted and sha256(index) != receipt.index_sha256:
                 raise UserError(
-                    f"{index} is damaged (its SHA-256 differs); delete {receipt.name}.json and extract again to mend it"
+                    f"{index} is damaged (its SHA-256 differs); delete {receipt.name}.json and {AGAIN} to mend it"
                 )
             self.index: np.ndarray = np.load(index, mmap_mode="r", allow_pickle=False)
             self._tar = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -120,6 +120,12 @@ class StoredShard:
     def record(self, row: np.void, jpeg: bool = False) -> Record:
         """The record that an index row belongs to. Raises DamagedRecord."""
         return decode(self.content(row), self.content(row, "jpeg_") if jpeg else None)
+
+    def jpegs(self, row: np.void) -> list[bytes | None]:
+        """The encoded pictures of a record, None where one is not stored. Reads no features. Raises DamagedRecord."""
+        places = [picture["jpeg"] for picture in self.metadata(row)["pictures"]]
+        span = self.content(row, "jpeg_")
+        return [None if place is None else bytes(span[place[0] : sum(place)]) for place in places]
 
     def content(self, row: np.void, kind: str = "") -> bytearray:
         """One pread, checked: a record's safetensors bytes (kind "") or its span of jpegs (kind "jpeg_")."""

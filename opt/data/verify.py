@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError
-from opt.data.encoding import PICTURE_ARRAYS, member_key, read_header
-from opt.data.manifest import LENGTHS, Manifest, Receipt, is_intact
+from opt.data.encoding import PICTURE_ARRAYS, REGION_ARRAYS, member_key, named_arrays, parse_header, read_header
+from opt.data.manifest import AGAIN, LENGTHS, Manifest, Receipt, by_reason, is_intact
 from opt.data.record import Record, check
 from opt.data.shards import ShardReader
 from opt.data.stored import INDEX, DamagedRecord, key_hash
@@ -67,7 +68,7 @@ def verify(config: VerifyConfig) -> None:
         listed = "\n  ".join([*problems[:SHOWN], *rest])
         raise UserError(
             f"{config.folder}: {len(problems)} problems\n  {listed}\n"
-            "Delete the .json of each shard named and run the same `opt extract` command again to mend them."
+            f"Delete the .json of each shard named and {AGAIN} to mend them."
         )
     depth = "every byte as written" if config.deep else "sizes, counts and index agree (--deep reads every byte)"
     print(f"{config.folder}: {_counts(manifest)}: {depth}")
@@ -137,11 +138,29 @@ def _record_problems(reader: ShardReader, receipt: Receipt, numbers: np.ndarray)
     """Records, given by a sample of each, whose bytes are not as written, or that do not keep the contract."""
     for number in numbers.tolist():
         try:
-            check(reader.record(number, jpeg=True))
+            record = check(reader.record(number, jpeg=True))
+            yield from (f"{receipt.name}.tar: key {record.key!r}: {problem}" for problem in _unnamed(record, reader))
         except DamagedRecord as damaged:
             yield f"{damaged.path.name}: key {damaged.key!r}: bytes are damaged (checksum differs)"
         except (ValueError, KeyError, TypeError) as error:  # RecordError, and what decoding nonsense can raise
             yield f"{receipt.name}.tar: sample {number}: {error}"
+
+
+def _unnamed(record: Record, reader: ShardReader) -> Iterator[str]:
+    """Ids of a record that stand for nothing: the manifest counts what there is of each kind."""
+    manifest = reader.manifest
+    kinds = {"classes": manifest.region_classes, "top_classes": manifest.region_classes,
+             "attributes": manifest.region_attributes}  # fmt: skip
+    for name, ids in named_arrays(record).items():
+        part, _, field = name.split(".")
+        if field == "codes" and part == "narration":
+            entries = list(manifest.speech_codebooks)
+            if ids.shape[1] != len(entries) or (ids.max(0) >= entries).any():
+                yield f"{name}: ids up to {ids.max(0).tolist()} of codebooks of {entries} entries"
+        elif field in kinds or field == "codes":
+            there = len(kinds[field]) if field in kinds else manifest.codebook
+            if ids.size and ids.max() >= there:
+                yield f"{name}: the id {ids.max()} of {there} that the manifest counts"
 
 
 def _repeated_keys(reader: ShardReader) -> list[str]:
@@ -159,10 +178,13 @@ def _summary(reader: ShardReader) -> Iterator[str]:
     for name, facts in manifest.extractors.items():
         yield f"  {name:8} {_line(facts)}"
     yield (
-        f"  regions {manifest.region_width} wide in {len(manifest.region_classes)} classes, speech "
-        f"{manifest.speech_width} wide at {manifest.frame_rate:g} frames a second, {manifest.codebook} image codes"
+        f"  regions {manifest.region_width} wide in {len(manifest.region_classes)} classes and "
+        f"{len(manifest.region_attributes)} attributes, speech {manifest.speech_width} wide at {manifest.frame_rate:g} "
+        f"frames a second in codebooks of {list(manifest.speech_codebooks)}, {manifest.codebook} image codes"
     )
+    yield f"  features stored as {manifest.storage}"
     yield f"  {len(manifest.failures)} failures"
+    yield from (f"    {count:>8,}  {reason}" for reason, count in by_reason(manifest.failures).most_common(SHOWN))
     yield from (f"    {failure.key}: {failure.reason}" for failure in manifest.failures[:SHOWN])
     if not len(reader):
         return
@@ -181,32 +203,33 @@ def _samples(reader: ShardReader, number: int) -> Iterator[str]:
         record, sample = reader.record(place, jpeg=True), reader.sample(place)
         yield f"\n  sample {place}: key {record.key}, narration {sample.narration} of {len(record.narrations)}"
         for picture in record.pictures:
-            arrays = [f"{name} {_shape(getattr(picture, name))}" for name in PICTURE_ARRAYS]
+            held = {name: getattr(picture, name) for name in PICTURE_ARRAYS}
+            arrays = [f"{name} {_shape(array)}" for name, array in held.items() if array is not None] or ["no features"]
             jpeg = f"jpeg {len(picture.jpeg):,} bytes" if picture.jpeg else "no jpeg"
             yield f"    picture  {picture.width} x {picture.height}, {', '.join(arrays)}, {jpeg}"
         yield f"    caption  {'absent' if sample.caption is None else sample.caption}"
         yield f"    speech   {_shape(sample.speech)}"
+        if sample.narration >= 0 and (codes := record.narrations[sample.narration].codes) is not None:
+            yield f"    codes    {_shape(codes)}"
 
 
 def _bytes_by_part(reader: ShardReader) -> dict[str, float]:
-    """Mean bytes of each part of a record."""
-    records = [reader.record(number, jpeg=True) for number in _spread(len(reader), MEASURED)]
-    distinct = list({record.key: record for record in records}.values())
-
-    def mean(sizes: Any) -> float:
-        return sum(sizes) / len(distinct)
-
-    def arrays(record: Record, *names: str) -> int:
-        found = [getattr(picture, name) for picture in record.pictures for name in names]
-        return sum(array.nbytes for array in found if array is not None)
-
-    return {
-        "regions": mean(arrays(record, *PICTURE_ARRAYS[:-1]) for record in distinct),
-        "codes": mean(arrays(record, "codes") for record in distinct),
-        "jpeg": mean(len(picture.jpeg or b"") for record in distinct for picture in record.pictures),
-        "speech": mean(n.speech.nbytes for record in distinct for n in record.narrations if n.speech is not None),
-        "captions": mean(len((n.caption or "").encode()) for record in distinct for n in record.narrations),
-    }
+    """Mean bytes on disk of each part of a record."""
+    sizes: Counter[str] = Counter({"regions": 0, "codes": 0, "jpeg": 0, "speech": 0, "captions": 0})
+    seen: set[str] = set()
+    for number in _spread(len(reader), MEASURED):
+        shard, row = reader.locate(number)
+        metadata, tensors = parse_header(shard.content(row))
+        if metadata["key"] in seen:
+            continue
+        seen.add(metadata["key"])
+        for name, tensor in tensors.items():
+            part, _, field, *_ = name.split(".")
+            begin, end = tensor["data_offsets"]
+            sizes["regions" if field in REGION_ARRAYS else "speech" if part == "narration" else "codes"] += end - begin
+        sizes["jpeg"] += int(row["jpeg_size"])
+        sizes["captions"] += sum(len((told["caption"] or "").encode()) for told in metadata["narrations"])
+    return {name: size / len(seen) for name, size in sizes.items()}
 
 
 def _spread(length: int, number: int) -> list[int]:

@@ -116,4 +116,4 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "verify", str(folder), "--deep"]) == 0
     (folder / "manifest.json").unlink()
     assert main(["shards", "verify", str(folder)]) == 2
-    assert "run the same `opt extract` command again" in capsys.readouterr().err
+    assert "run the command that made the folder again" in capsys.readouterr().err
