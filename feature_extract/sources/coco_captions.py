@@ -1,7 +1,8 @@
 """COCO captions: one JSON file of pictures and their captions, beside a folder of pictures for each split.
 
-    annotations/captions_train2017.json    {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}
-    train2017/000000000009.jpg             2014: train2014/COCO_train2014_000000000009.jpg
+    annotations/captions_train2017.json
+        {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}
+    train2017/000000000009.jpg, or in 2014 train2014/COCO_train2014_000000000009.jpg
 
 Lin et al., arXiv 1405.0312; Chen et al., arXiv 1504.00325. A corpus with one `captions.json` and `images/` is read too.
 """
@@ -36,7 +37,7 @@ class Source:
 
     corpus: Path
     split: str = "train"
-    """Such as train2017; train alone where the corpus has one year."""
+    """Such as train2017; train alone where the corpus has one year, or one captions.json."""
     pictures: str = ""
     """Folder of the split's pictures, or a URL; by default the one named like the split."""
 
@@ -50,22 +51,22 @@ class Source:
     def rows(self) -> Iterator[Item | BadRow]:
         path, folder = self._file()
         content = load_json(path, "images", "annotations")
-        captions: dict[str, list[NarrationItem] ] = {}
-        torn: list[BadRow] = []
+        captions: dict[str, list[NarrationItem]] = {}
+        bad: list[BadRow] = []
         for number, entry in enumerate(content["annotations"]):
             try:
                 narration = NarrationItem(identifier(entry, "id"), field(entry, "caption", str))
                 captions.setdefault(identifier(entry, "image_id"), []).append(narration)
             except MALFORMED as error:
-                torn.append(bad_row(f"{path.name}:annotations[{number}]", error))
+                bad.append(bad_row(f"{path.name}:annotations[{number}]", error))
         for number, entry in enumerate(content["images"]):
             yield item_or_bad_row(f"{path.name}:images[{number}]", _item, entry, self.pictures or folder, captions)
-        yield from torn
+        yield from bad
 
     def _file(self) -> tuple[Path, str]:
         """The captions and the folder of their pictures. Raises UserError when there are none."""
         whole = self.corpus / "captions.json"
-        if whole.is_file():
+        if whole.is_file() and self.split == "train":
             return whole, "images"
         return split_file(self.corpus, "annotations/captions_{}.json", self.split)
 

@@ -105,8 +105,8 @@ class Source:
             return "images"
         part = self.split.removeprefix(f"{layout}_").split("_")[0]
         if part not in FOLDERS[layout]:
-            raise UserError(f"--split {self.split}: {layout} has {', '.join(FOLDERS[layout])}; for pictures in images/, "
-                            "whatever the split is called, say --layout plain")
+            raise UserError(f"--split {self.split}: {layout} has {', '.join(FOLDERS[layout])}; for pictures in "
+                            "images/, whatever the split is called, say --layout plain")
         return FOLDERS[layout][part]
 
 

@@ -20,7 +20,7 @@ from opt.config import UserError
 MAX_LINE_BYTES = 1 << 24
 """A longer line is malformed. Published narrations with their mouse traces stay far below it."""
 CHUNK_CHARACTERS = 1 << 20
-MALFORMED = (ValueError, KeyError, TypeError, IndexError, RecursionError, csv.Error)
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, csv.Error)
 """What reading a row raises when the row is at fault."""
 
 Kind = TypeVar("Kind", str, int, list[Any], dict[str, Any])
@@ -29,13 +29,20 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 def bad_row(where: str, error: Exception) -> BadRow:
     """The row at `where`, which is FILE:LINE, that cannot be read because of `error`."""
-    return BadRow(where, f"malformed line ({type(error).__name__}: {error})")
+    reason = f"malformed line ({type(error).__name__}: {error})"
+    key, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (where, reason))
+    return BadRow(key, reason)
 
 
-def item_or_bad_row(where: str, parse: Callable[..., Item], *values: Any) -> Item | BadRow:
-    """What `parse` makes of the values, or the BadRow that stands in its place."""
+def item_or_bad_row(where: str, parse: Callable[..., Item], content: Any, *more: Any) -> Item | BadRow:
+    """What `parse` makes of the row's content, or the BadRow that stands in its place.
+
+    content: one of `table_rows` may be the error that it could not be split for.
+    """
+    if isinstance(content, Exception):
+        return bad_row(where, content)
     try:
-        return parse(*values)
+        return parse(content, *more)
     except MALFORMED as error:
         return bad_row(where, error)
 
@@ -66,17 +73,22 @@ def decode(line: bytes) -> str:
     return line.decode()
 
 
-def table_rows(path: Path) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def text_lines(path: Path) -> list[str]:
+    """The lines of a small file of settings, stripped. Raises UserError when it is not there or not UTF-8."""
+    try:
+        return [decode(line).strip() for _, line in numbered_lines(required(path))]
+    except ValueError as error:
+        raise UserError(f"{path}: not text in UTF-8 ({error})") from error
+
+
+def table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """The number of a row's first line, and its cells or why it cannot be split; empty rows are left out.
 
-    `.tsv` and `.txt` are split at tabs, all else at commas, where a cell in double quotes may hold commas and line
-    ends (RFC 4180). What is not UTF-8 becomes half surrogates, which `well_formed` refuses.
+    Between commas, a cell in double quotes may hold commas and line ends (RFC 4180); other delimiters split wherever
+    they stand. What is not UTF-8 becomes half surrogates, which `well_formed` refuses.
     """
     lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
-    if path.suffix.lower() in (".tsv", ".txt"):
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
     while True:
         first = reader.line_num + 1
         try:
@@ -130,8 +142,13 @@ def key_of(name: str) -> str:
 
 def key_of_path(path: str) -> str:
     """A record's key made from a path: without the ending of the file's name."""
+    return key_of(stem_of(path))
+
+
+def stem_of(path: str) -> str:
+    """The path without the ending of the file's name."""
     folder, slash, name = path.rpartition("/")
-    return key_of(folder + slash + (name.rpartition(".")[0] or name))
+    return folder + slash + (name.rpartition(".")[0] or name)
 
 
 def load_json(path: Path, *sections: str) -> dict[str, list[Any]]:
@@ -179,11 +196,12 @@ def split_file(folder: Path, pattern: str, split: str) -> tuple[Path, str]:
     expected = folder / pattern.format(split)
     if expected.is_file():
         return expected, split
-    form = re.compile(re.escape(pattern).replace(r"\{\}", "(.+)"))
-    there = {match[1]: path for path in sorted(expected.parent.glob("*")) if (match := form.fullmatch(path.relative_to(folder).as_posix()))}
+    before, after = pattern.split("{}")
+    files = (path.relative_to(folder).as_posix() for path in sorted(expected.parent.glob("*")))
+    there = [name[len(before) : -len(after)] for name in files if name.startswith(before) and name.endswith(after)]
     years = [name for name in there if re.fullmatch(re.escape(split) + r"\d{4}", name)]
     if len(years) == 1:
-        return there[years[0]], years[0]
+        return folder / pattern.format(years[0]), years[0]
     choice = f"choose --split from {', '.join(there)}" if there else "it holds no file of that form"
     raise UserError(f"{folder}: no {pattern.format(split)}, so there is no split {split!r}; {choice}")
 
@@ -210,6 +228,12 @@ def plain_name(split: str) -> None:
 def join(folder: str, path: str) -> str:
     """The path seen from a folder, which may be a URL, or nothing."""
     return f"{folder.rstrip('/')}/{path}" if folder else path
+
+
+def prefix(folder: Path, corpus: Path) -> str:
+    """What the paths of the folder's files begin with, as seen from the corpus: "a/b/", or nothing."""
+    place = folder.relative_to(corpus).as_posix()
+    return "" if place == "." else f"{place}/"
 
 
 def required(path: Path) -> Path:

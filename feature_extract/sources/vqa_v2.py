@@ -48,8 +48,8 @@ class Source:
 
     def rows(self) -> Iterator[Item | BadRow]:
         path, split = self._questions()
-        split = split.replace("test-dev", "test")  # its questions are a part of the test split's, and the pictures those
-        folder, seen = self.pictures or split, set()
+        split = split.replace("test-dev", "test")  # a part of the test split's questions, about its pictures
+        folder, seen = self.pictures or split, set[str]()
         for number, entry in enumerate(load_json(path, "questions")["questions"]):
             try:
                 image_id = identifier(entry, "image_id")
