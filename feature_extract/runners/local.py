@@ -19,7 +19,10 @@ from feature_extract.runners.supervise import Event
 from feature_extract.work import Setup, WorkItem, extract_shard
 from opt.config import UserError
 
-PRELOADED = ["feature_extract.work", "feature_extract.backends.transformers_speech"]
+PRELOADED = [
+    "feature_extract.work", "feature_extract.backends.torchvision_detector", "feature_extract.tiny.regions",
+    "feature_extract.backends.transformers_speech", "feature_extract.tiny.audio", "feature_extract.tiny.codes",
+]  # fmt: skip
 """Imported once, by the process that workers are forked from."""
 
 
@@ -30,7 +33,7 @@ class LocalWorker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.ours, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(setup, theirs), daemon=True)
+        self.process = context.Process(target=work_until_killed, args=(setup, theirs), daemon=True)
         with signals_ignored():  # by the process: a Ctrl-C or a SIGTERM is for this one to handle
             self.process.start()
         theirs.close()
@@ -63,7 +66,7 @@ class LocalWorker:
         self.ours.close()
 
 
-def _work(setup: Setup, ours: Connection) -> None:
+def work_until_killed(setup: Setup, ours: Connection) -> None:
     """The life of a worker: networks, then one work item after the other."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored_records import CLASSES, full_narration, full_picture, full_record, write_folder
 
 from opt.cli import main
 from opt.config import UserError
@@ -89,6 +90,51 @@ def test_keys_repeated_between_shards_are_found(tmp_path: Path) -> None:
     write_manifest(tmp_path, ["00000", "00001"], {}, (), 0)
     with pytest.raises(UserError, match="key 'twice': more than one record"):
         verify(VerifyConfig(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ((("a",), 32, ("red", "blue"), (7, 9)), "picture.0.classes: the id [0-4] of 1 that"),
+        ((CLASSES, 3, ("red", "blue"), (7, 9)), "picture.0.codes: the id [0-9]+ of 3 that"),
+        ((CLASSES, 32, (), (7, 9)), "picture.0.attributes: the id [01] of 0 that"),
+        ((CLASSES, 32, ("red", "blue"), (7,)), r"narration.0.codes: .* of codebooks of \[7\] entries"),
+        ((CLASSES, 32, ("red", "blue"), (7, 2)), r"narration.0.codes: .* of codebooks of \[7, 2\] entries"),
+    ],
+)
+@pytest.mark.parametrize("int8", [False, True])
+def test_ids_that_stand_for_nothing_are_found(tmp_path: Path, names: tuple, problem: str, int8: bool) -> None:
+    write_folder(tmp_path, [[full_record("a", 0), full_record("b", 1)]], int8)
+    verify(VerifyConfig(tmp_path, deep=True))
+    write_manifest(tmp_path, ["00000"], {}, *names)
+    with pytest.raises(UserError, match=f"00000.tar: key 'a': {problem}"):
+        verify(VerifyConfig(tmp_path, deep=True))
+
+
+def test_inspect_shows_how_features_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    stored = [Record("k", (full_picture(rng, 30, width=100),), (full_narration(rng, 0, 40),))]
+    write_folder(tmp_path, [stored], int8=True)
+    inspect(InspectConfig(tmp_path, number=1))
+    shown = capsys.readouterr().out
+    regions = 30 * (100 + 4 + 4 * 4 + 2 + 4 + 4 * (2 + 2) + 2 * (2 + 2))  # int8, scale, box, class, score, top, attributes
+    speech = 40 * (6 + 4 + 2 * 2)
+    for part in (
+        "stored as int8", "5 classes and 2 attributes", "codebooks of [7, 9]", "attribute_scores 30 x 2", "40 x 2",
+        f"regions {regions:,}, codes 128, jpeg 0, speech {speech:,}",
+    ):  # fmt: skip
+        assert part in shown
+
+
+def test_inspect_counts_failures_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ShardWriter(tmp_path, "00000") as writer:
+        for number in range(30):
+            writer.fail(f"k{number}", f"picture {number}: broken picture (at byte {number})")
+        writer.fail("other", "odd")
+    write_manifest(tmp_path, ["00000"], {}, (), 0)
+    inspect(InspectConfig(tmp_path))
+    shown = capsys.readouterr().out
+    assert "      30  picture: broken picture\n" in shown and "       1  odd\n" in shown
 
 
 def test_inspect_shows_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
