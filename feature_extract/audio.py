@@ -1,46 +1,69 @@
-"""What a speech extractor is: a waveform to features, averaged in time to a stated rate.
+"""What a speech extractor is: a waveform to features, and if wanted codes, averaged in time to a stated rate.
 
 A backend is a module `backends/NAME.py` with `load(weights, settings, device) -> AudioExtractor`.
-Shape legend: T frames, D feature width.
+Shape legend: T frames, D feature width, G codebooks, n samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from feature_extract.media import SAMPLE_RATE
+from opt.config import UserError
 
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """frames_per_second: the stored rate. max_frames: a recording that would have more is averaged more coarsely.
+    """frames_per_second: the stored rate; 0: the network's own. max_frames: a recording that would have more is
+    averaged more coarsely; 0: no limit.
 
     max_seconds: a longer recording is refused.
+    layer: -1 what the network hands on, 0 what enters its first block, n what leaves block n.
+    window_seconds: a longer recording is heard in windows of that length; 0: whole. context_seconds: what a window
+    knows on both sides of what is kept of it.
+    codes: store quantiser ids too.
     """
 
     frames_per_second: float = 10.0
     max_frames: int = 256
     max_seconds: float = 300.0
+    layer: int = -1
+    window_seconds: float = 30.0
+    context_seconds: float = 2.5
+    codes: Annotated[bool, tyro.conf.arg(name="speech-codes")] = False
+
+    def __post_init__(self) -> None:
+        if self.window_seconds and not 0 < 2 * self.context_seconds < self.window_seconds:
+            raise UserError(f"audio window_seconds {self.window_seconds:g} with context_seconds "
+                            f"{self.context_seconds:g}: a window must be longer than twice its context; make it "
+                            "longer, or 0 to hear recordings whole")
 
 
 @dataclass(frozen=True)
 class Speech:
-    """features (T, D) float16 at `frame_rate` frames a second; `seconds` of recording."""
+    """features (T, D) float16 at `frame_rate` frames a second; `seconds` of recording.
+
+    codes (T, G) int16: quantiser ids, a row a frame; None when not asked for.
+    """
 
     features: np.ndarray
     frame_rate: float
     seconds: float
+    codes: np.ndarray | None = None
 
 
 class AudioExtractor(Protocol):
-    """Batch-invariant: one recording a call."""
+    """Batch-invariant: one recording a call. `codebooks`: entries of each codebook, () when it gives no codes."""
 
     settings: AudioSettings
+    codebooks: tuple[int, ...]
 
     def __call__(self, waveform: np.ndarray) -> Speech:
         """The features of a waveform (n,) float32 at 16 kHz."""
@@ -49,18 +72,28 @@ class AudioExtractor(Protocol):
         """Backend, weights, their SHA-256 and the settings: enough to build the same extractor again."""
 
 
-def standardise(waveform: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance, as wav2vec 2.0's feature extractor does (transformers, `do_normalize`)."""
-    return ((waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)).astype(np.float32)
+def standardise(waveform: np.ndarray, epsilon: float) -> np.ndarray:
+    """Zero mean and unit variance. transformers adds an `epsilon` of 1e-7 to the variance, fairseq 1e-5."""
+    return ((waveform - waveform.mean()) / np.sqrt(waveform.var() + epsilon)).astype(np.float32)
 
 
-def pool_frames(hidden_TD: Tensor, samples: int, settings: AudioSettings) -> Speech:
-    """Features of a recording of `samples` at 16 kHz, averaged to the stored rate, or to fewer frames: at least one.
+def pool_frames(
+    hidden_TD: Tensor, codes_TG: Tensor | None, samples: int, stride: int, settings: AudioSettings
+) -> Speech:
+    """Features of a recording of `samples` at 16 kHz, a frame every `stride`, averaged to the stored rate.
 
-    `frame_rate` is the stated rate, unless the recording would have more frames than `max_frames` or than the network.
+    At least one frame. `frame_rate` is the stated rate, or the network's own, unless the recording would have more
+    frames than `max_frames` or than the network. A stored frame's codes are those in the middle of what it averages.
     """
-    seconds = samples / SAMPLE_RATE
-    wanted = max(1, round(seconds * settings.frames_per_second))
-    frames = min(wanted, settings.max_frames, len(hidden_TD))
-    pooled = F.adaptive_avg_pool1d(hidden_TD.float().T, frames).T.cpu().numpy().astype(np.float16)
-    return Speech(pooled, settings.frames_per_second if frames == wanted else frames / seconds, seconds)
+    seconds, own = samples / SAMPLE_RATE, len(hidden_TD)
+    rate = settings.frames_per_second or SAMPLE_RATE / stride
+    wanted = max(1, round(seconds * rate)) if settings.frames_per_second else own
+    frames = min(wanted, settings.max_frames or wanted, own)
+    pooled_DT = F.adaptive_avg_pool1d(hidden_TD.float().T, frames)
+    middles = (2 * torch.arange(frames) + 1) * own // (2 * frames)
+    return Speech(
+        pooled_DT.T.cpu().numpy().astype(np.float16),
+        rate if frames == wanted else frames / seconds,
+        seconds,
+        None if codes_TG is None else codes_TG[middles].numpy().astype(np.int16),
+    )

@@ -8,7 +8,7 @@ from torchvision.models import get_model
 from torchvision.transforms.functional import pil_to_tensor
 
 from feature_extract.audio import AudioSettings
-from feature_extract.backends import dvae, transformers_speech
+from feature_extract.backends import dvae
 from feature_extract.extractors import open_extractors, reopen
 from feature_extract.regions import RegionSettings
 from feature_extract.tiny import weights_file
