@@ -80,8 +80,9 @@ class Input:
     def item(self) -> Item:
         """As a source of extraction yields it."""
         told = self.text is not None or self.audio is not None
-        narrations = (NarrationItem("0", self.text, self.audio),) if told else ()
-        return Item(self.name, () if self.image is None else (self.image,), narrations)
+        recording = None if self.audio is None else str(self.audio)
+        narrations = (NarrationItem("0", self.text, recording),) if told else ()
+        return Item(self.name, () if self.image is None else (str(self.image),), narrations)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -206,7 +207,8 @@ def _samples(
     failed: dict[int, str] = {}
     with one_thread(), progress("extract", total=len(inputs), unit="inputs") as bar:
         for number, given in enumerate(inputs):
-            record, failures = make_record(read_media(given.item(), system.preparer().jpeg, max_seconds), reading)
+            media = read_media(given.item(), Path(), system.preparer().jpeg, max_seconds)
+            record, failures = make_record(media, reading)
             if failures or record is None:
                 failed[number] = "; ".join(failure.reason.partition(": ")[2] for failure in failures)
             elif record.narrations:

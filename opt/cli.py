@@ -31,9 +31,15 @@ class Verb(NamedTuple):
 VERBS = {
     "doctor": Verb("opt.doctor:doctor", "what works on this machine, and how to mend what does not"),
     "scenes": Verb("feature_extract.sources.spoken_scenes:scenes", "draw and speak the built-in data set"),
+    "download open-images": Verb(
+        "feature_extract.download.open_images:download", "fetch narrated pictures of Open Images, with the recordings"
+    ),
     "extract": Verb("feature_extract.job:extract", "turn pictures, captions and recordings into shards of features"),
     "shards verify": Verb("opt.data.verify:verify", "check every byte of a folder of shards"),
     "shards inspect": Verb("opt.data.verify:inspect", "show what a folder of shards holds"),
+    "shards merge": Verb("opt.data.merge:merge", "several folders of shards to one"),
+    "shards dedup": Verb("opt.data.dedup:dedup", "leave out copies of test pictures, exact and near"),
+    "shards export": Verb("opt.data.export:export", "shards to another format: webdataset"),
     "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
     "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions or questions"),

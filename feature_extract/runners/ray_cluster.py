@@ -48,7 +48,8 @@ class RayWorker:
 
         on_gpu = setup.device.startswith("cuda")
         options = {"num_cpus": 1, "num_gpus": 1 if on_gpu else 0, "max_concurrency": 2}
-        self.ray, self.actor = ray, ray.remote(Actor).options(**options).remote(setup)
+        self.ray: Any = ray
+        self.actor: Any = self.ray.remote(Actor).options(**options).remote(setup)
         self.heard, self.death = 0, ""
         self.asked: Any = None
 
@@ -85,8 +86,8 @@ def cluster(workers: int) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--runner ray: Ray is not installed; `pip install -c constraints.txt \"opt-omni[ray]\"`") from error
-    begun = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+        raise UserError("--runner ray: Ray is not installed; `opt doctor` says how to get it") from error
+    begun: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **begun)
     except (ConnectionError, RuntimeError, ValueError) as error:
