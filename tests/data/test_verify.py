@@ -117,7 +117,7 @@ def test_inspect_shows_how_features_are_stored(tmp_path: Path, capsys: pytest.Ca
     write_folder(tmp_path, [stored], int8=True)
     inspect(InspectConfig(tmp_path, number=1))
     shown = capsys.readouterr().out
-    regions = 30 * (100 + 4 + 4 * 4 + 2 + 4 + 4 * (2 + 2) + 2 * (2 + 2))  # int8, scale, box, class, score, top, attributes
+    regions = 30 * (100 + 4 + 4 * 4 + 2 + 4 + 4 * (2 + 2) + 2 * (2 + 2))  # int8, scale, box, class, score, top, attrs
     speech = 40 * (6 + 4 + 2 * 2)
     for part in (
         "stored as int8", "5 classes and 2 attributes", "codebooks of [7, 9]", "attribute_scores 30 x 2", "40 x 2",
