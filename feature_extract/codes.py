@@ -23,7 +23,7 @@ class CodeExtractor(Protocol):
         """RGB picture -> codes (8, 8) int16. The whole picture is squeezed into a square."""
 
     def decode(self, codes_B88: np.ndarray) -> list[Image.Image]:
-        """Codes (B, 8, 8) -> B pictures of 64 x 64."""
+        """Codes (B, 8, 8) -> B pictures of 64 x 64, each of them as it would be alone."""
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights and their SHA-256: enough to build the same extractor again."""

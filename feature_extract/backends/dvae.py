@@ -39,10 +39,12 @@ class DiscreteVAECodes:
 
     @torch.inference_mode()
     def decode(self, codes_B88: np.ndarray) -> list[Image.Image]:
-        """Codes (B, 8, 8) -> B pictures of 64 x 64."""
-        pixels = self.dvae.decode(torch.from_numpy(codes_B88.astype(np.int64)).to(self.device))
-        pictures = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in pictures]
+        """Codes (B, 8, 8) -> B pictures of 64 x 64, one by one: in the memory of one, and each the same as alone."""
+        pictures = []
+        for codes_88 in torch.from_numpy(codes_B88.astype(np.int64)):
+            pixels = self.dvae.decode(codes_88[None].to(self.device))[0]
+            pictures.append(Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+        return pictures
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256."""

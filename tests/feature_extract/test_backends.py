@@ -5,15 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.models import get_model
-from torchvision.transforms.functional import pil_to_tensor
 
 from feature_extract.audio import AudioSettings
-from feature_extract.backends import dvae
 from feature_extract.extractors import open_extractors, reopen
 from feature_extract.regions import RegionSettings
-from feature_extract.tiny import weights_file
-from opt.config import UserError, to_dict
-from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig
+from opt.config import UserError
 
 BUILDER = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
@@ -41,19 +37,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture():
     return Image.fromarray(np.random.default_rng(0).integers(256, size=(120, 160, 3), dtype=np.uint8))
-
-
-def test_codes_from_a_file_and_back(tmp_path, picture):
-    torch.manual_seed(0)
-    network = DiscreteVAE(DiscreteVAEConfig(codebook=32, widths=(8, 8, 8)))
-    path = tmp_path / "codes.safetensors"
-    weights_file.write(path, network, to_dict(network.config))
-    codes = dvae.load(str(path), "cpu")
-    found = codes(picture)
-    assert found.shape == (8, 8) and found.dtype == np.int16 and 0 <= found.min() <= found.max() < codes.codebook == 32
-    pixels = pil_to_tensor(picture.resize((64, 64), Image.Resampling.BICUBIC))[None].float() / 255
-    np.testing.assert_array_equal(found, codes.dvae.encode(pixels)[0].numpy())
-    assert [decoded.size for decoded in codes.decode(np.stack([found, found]))] == [(64, 64)] * 2
 
 
 def test_extractors_are_rebuilt_from_their_description(checkpoint, picture):
