@@ -49,20 +49,24 @@ CHECKPOINTS = 4
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed. `minutes` of CPU decide its steps; 0 judges the untrained model."""
+    """One variant with one seed. `minutes` of CPU decide its steps; 0 judges the untrained model.
+
+    data: subfolder of the shards, for variants that are data.
+    """
 
     variant: str
     model: OPTConfig
     seed: int
     minutes: float
     out: Path
+    data: str = ""
 
     @property
     def folder(self) -> Path:
         return self.out / "runs" / f"{self.variant}-{self.seed}-{self.minutes:g}min"
 
     def shards(self, split: str) -> Path:
-        return self.out / "shards" / split
+        return self.out / "shards" / self.data / split
 
 
 Judge = Callable[[Run, System], dict[str, Any]]
@@ -80,13 +84,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def make_data(out: Path) -> None:
     """Scenes and shards, by the verbs that a user would type; what is there already is left."""
-    _do("scenes", "--out", out / "scenes", "--train", TRAIN, "--val", 0, "--test", TEST, "--seed", SEED)
+    do("scenes", "--out", out / "scenes", "--train", TRAIN, "--val", 0, "--test", TEST, "--seed", SEED)
     for split in ("train", "test"):
-        _do("extract", "localized_narratives", out / "scenes", "--split", split, "--out", out / "shards" / split,
+        do("extract", "localized_narratives", out / "scenes", "--split", split, "--out", out / "shards" / split,
             "--frames-per-second", 8)
 
 
-def _do(*words: object) -> None:
+def do(*words: object) -> None:
     if status := cli.main([str(word) for word in words]):
         raise SystemExit(status)
 
@@ -131,11 +135,12 @@ def measure_steps(runs: list[Run]) -> None:
     new = {run.variant: run for run in runs if run.variant not in known and run.minutes}
     if not new:
         return
-    reader = ShardReader(runs[0].shards("train"))
-    tokenizer = Tokenizer.train(reader.captions(), 2000)
+    readers = {run.shards("train"): ShardReader(run.shards("train")) for run in runs}
+    tokenizer = Tokenizer.train(readers[runs[0].shards("train")].captions(), 2000)
     with tempfile.TemporaryDirectory() as folder:
         beside = {run.variant: run for run in runs if run.variant == FULL} | new
-        steppers = {name: _steps(run, reader, tokenizer, Path(folder)) for name, run in beside.items()}
+        steppers = {name: _steps(run, readers[run.shards("train")], tokenizer, Path(folder))
+                    for name, run in beside.items()}
         rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(MEASURED_STEPS)]
     seconds = {name: float(np.mean([round[name] for round in rounds[WARM_UP_STEPS:]])) for name in steppers}
     scale = known.get(FULL, seconds[FULL]) / seconds[FULL]
