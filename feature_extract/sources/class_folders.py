@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from feature_extract.sources.folder import PICTURES, walk
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
@@ -41,7 +43,8 @@ TEMPLATES = (
 class Source:
     """A folder for each class, with pictures. Their captions say the class by templates."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Subfolder that holds the classes; train is the corpus itself where it has no such subfolder."""
     names: Path | None = None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     MALFORMED,
@@ -35,7 +37,8 @@ class Source:
     Or the file captions.json and the folder images.
     """
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Such as train2017; train alone where the corpus has one year, or one captions.json."""
     pictures: str = ""

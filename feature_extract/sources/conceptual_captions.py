@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import item_or_bad_row, key_of, required, table_rows, well_formed
 from opt.config import UserError
@@ -24,7 +26,8 @@ PER_SHARD = 10_000
 class Source:
     """Conceptual Captions: the corpus is one TSV file; pictures come from the web or lie beside it."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """The TSV file."""
     split: str = "train"
     """Only a name: the file is the split."""
     pictures: str = "{url}"

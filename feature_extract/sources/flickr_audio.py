@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     decode,
@@ -42,7 +44,8 @@ HEADERS = ("image", "image_name")
 class Source:
     """Flickr8k or Flickr30k: a file of captions, a folder of pictures, flickr_audio/ where there is speech."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """train, val or test, by Flickr8k's lists of pictures; without the lists, train is everything."""
     pictures: str = ""

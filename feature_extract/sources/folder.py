@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     decode,
@@ -38,7 +40,8 @@ CAPTIONS = (".txt",)
 class Source:
     """A folder, read with all below it: pictures, .txt captions and recordings of one name are a record."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Subfolder to read; train is the whole corpus where it has no such subfolder."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     field,
@@ -35,7 +37,8 @@ SPLITS = ("train", "restval", "val", "test")
 class Source:
     """Karpathy's splits: dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json, beside the pictures."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """train, val or test; COCO also has restval, and train+restval is its usual training split."""
     dataset: Literal["coco", "flickr30k", "flickr8k"] = "coco"

@@ -56,6 +56,7 @@ class Source:
     """
 
     corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """What the files' names begin with: train, or as published: open_images_train_v6, coco_val, ade20k_validation."""
     layout: Literal["auto", "open_images", "coco", "flickr30k", "ade20k", "plain"] = "auto"

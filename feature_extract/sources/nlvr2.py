@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     MALFORMED,
@@ -32,7 +34,8 @@ from feature_extract.sources.reading import (
 class Source:
     """NLVR2: SPLIT.json (train, dev, test1) and images/SPLIT/."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """train, dev, test1 or test2."""
     sentences: Literal["all", "true", "none"] = "all"
@@ -50,8 +53,13 @@ class Source:
 
     def rows(self) -> Iterator[Item | BadRow]:
         [path] = self.files()
+        seen = set[str]()  # pairs, so that one without a sentence to tell comes once
         for number, line in numbered_lines(path):
-            yield item_or_bad_row(f"{path.name}:{number}", self._item, line)
+            row = item_or_bad_row(f"{path.name}:{number}", self._item, line)
+            if isinstance(row, BadRow) or row.narrations or row.key not in seen:
+                yield row
+            if self.sentences != "all":
+                seen.add(row.key)
 
     def questions(self) -> Iterator[dict[str, Any]]:
         """Every sentence, answered by true or false. A malformed line is left out: `rows` has named it."""

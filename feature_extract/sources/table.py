@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import MALFORMED, bad_row, key_of, required, stem_of, table_rows, well_formed
 from opt.config import UserError
@@ -30,7 +32,8 @@ class Source:
     CSV cells may be quoted, TSV cells are taken as they are. Parquet columns hold paths or URLs, not the pictures.
     """
 
-    corpus: Path
+    corpus: Positional[Path]
+    """The file."""
     split: str = "train"
     """Only a name, unless --split-column is given."""
     image_column: str = ""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import decode, item_or_bad_row, key_of, numbered_lines, required, well_formed
 
@@ -14,7 +16,8 @@ from feature_extract.sources.reading import decode, item_or_bad_row, key_of, num
 class Source:
     """A text file, one caption a line; blank lines are left out. The corpus is the file."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """The text file."""
     split: str = "train"
     """Only a name: the file is the split."""
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     decode,
@@ -34,7 +36,8 @@ TABLE = "transcripts.tsv"
 class Source:
     """Recordings with transcripts: transcripts.tsv and flac/, or LibriSpeech's folders of *.trans.txt and FLAC."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Subfolder to read, such as train-clean-100; train is the whole corpus where it has no such subfolder."""
     recordings: str = "flac/{id}.flac"

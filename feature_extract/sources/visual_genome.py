@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     MALFORMED,
@@ -32,7 +34,8 @@ from opt.config import UserError
 class Source:
     """Visual Genome's region descriptions: region_descriptions.json, image_data.json, VG_100K and VG_100K_2."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Visual Genome has no splits; all of it is train."""
     phrases: int = 10

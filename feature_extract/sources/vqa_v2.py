@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from feature_extract.sources.item import BadRow, Item
 from feature_extract.sources.reading import (
     MALFORMED,
@@ -31,7 +33,8 @@ from feature_extract.sources.reading import (
 class Source:
     """VQA v2: v2_OpenEnded_mscoco_SPLIT_questions.json, v2_mscoco_SPLIT_annotations.json, and the folder SPLIT."""
 
-    corpus: Path
+    corpus: Positional[Path]
+    """Folder of the corpus."""
     split: str = "train"
     """Such as train2014, val2014, test2015; train and val alone will do."""
     pictures: str = ""

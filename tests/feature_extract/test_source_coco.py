@@ -76,7 +76,8 @@ def test_a_file_that_is_not_whole_is_a_sentence(tmp_path, content):
 def test_karpathy_coco_joins_train_and_restval(tmp_path):
     write_json(tmp_path / "dataset_coco.json", {"dataset": "coco", "images": [
         {"filepath": folder, "sentids": [770337], "filename": f"COCO_{folder}_{number:012}.jpg", "imgid": 0,
-         "split": split, "cocoid": number, "sentences": [{"tokens": ["a", "man"], "raw": "A man.", "imgid": 0, "sentid": 770337}]}
+         "split": split, "cocoid": number,
+         "sentences": [{"tokens": ["a", "man"], "raw": "A man.", "imgid": 0, "sentid": 770337}]}
         for number, split, folder in [(391895, "test", "val2014"), (5, "train", "train2014"), (6, "restval", "val2014")]
     ] + [{"split": "train", "filename": "x.jpg"}]})  # fmt: skip
     usual = list(karpathy.Source(tmp_path, "train+restval").rows())

@@ -82,11 +82,11 @@ def test_nlvr2_sentences_of_one_pair_share_its_two_pictures(tmp_path):
 
 def test_nlvr2_options(tmp_path):
     (tmp_path / "dev.json").write_text(pair("dev-850-0-0") + pair("dev-850-0-1", label="False"))
-    first, second = nlvr2.Source(tmp_path, "dev", sentences="true", pictures="pngs").rows()
-    assert first.pictures == ("pngs/dev/dev-850-0-img0.png", "pngs/dev/dev-850-0-img1.png")
-    assert first.narrations and not second.narrations
-    first, second = nlvr2.Source(tmp_path, "dev", sentences="none", pictures="url").rows()
-    assert first.pictures == ("https://a.b/left.jpg", "https://a.b/right.jpg") and not first.narrations
+    (row,) = nlvr2.Source(tmp_path, "dev", sentences="true", pictures="pngs").rows()
+    assert row.pictures == ("pngs/dev/dev-850-0-img0.png", "pngs/dev/dev-850-0-img1.png")
+    assert row.narrations == (NarrationItem("0", "Two dogs."),)
+    (row,) = nlvr2.Source(tmp_path, "dev", sentences="none", pictures="url").rows()
+    assert row.pictures == ("https://a.b/left.jpg", "https://a.b/right.jpg") and not row.narrations
     with pytest.raises(UserError, match=r"train\.json does not exist"):
         nlvr2.Source(tmp_path).files()
 
