@@ -4,7 +4,7 @@
     cc12m.tsv                                                      URL<tab>caption
 
 Which column is the address is seen row by row, and a header (caption, url) is skipped. Pictures are fetched from their
-addresses, many of which are gone, or read from where they were downloaded to. Sharma et al. 2018; arXiv 2102.08981.
+addresses, some of which are gone, or read from where they were downloaded to. Sharma et al. 2018; arXiv 2102.08981.
 """
 
 from __future__ import annotations

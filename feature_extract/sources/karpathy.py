@@ -4,7 +4,7 @@
         {"images": [{"split", "filename", "sentences": [{"raw", "sentid"}]; COCO also "filepath", "cocoid"}]}
     COCO: train2014/ and val2014/, as "filepath" says; flickr30k-images/; Flicker8k_Dataset/
 
-Karpathy and Fei-Fei, arXiv 1412.2306. COCO's usual training split of 113,287 pictures is train+restval.
+Karpathy and Fei-Fei, arXiv 1412.2306. COCO's usual training split is train+restval.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Source:
     sentences: Literal["all", "true", "none"] = "all"
     """Which sentences become narrations. A false one is no caption: choose true before pretraining on them."""
     pictures: str = "images"
-    """Folder that the splits' folders lie in; url: the addresses that the lines name, many of which are gone."""
+    """Folder that the splits' folders lie in; url: the addresses that the lines name, some of which are gone."""
 
     @property
     def root(self) -> Path:

@@ -23,7 +23,7 @@ CHUNK_CHARACTERS = 1 << 20
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, csv.Error)
 """What reading a row raises when the row is at fault."""
 
-Kind = TypeVar("Kind", str, int, list[Any], dict[str, Any])
+Kind = TypeVar("Kind", str, list[Any])
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -120,7 +120,7 @@ def field(entry: Any, name: str, kind: type[Kind]) -> Kind:
     if name not in entry:
         raise ValueError(f"no {name!r}")
     value = entry[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind):
         raise ValueError(f"{name} {value!r:.80} is not of type {kind.__name__}")
     if isinstance(value, str):
         well_formed(value)

@@ -1,10 +1,11 @@
 """Visual Genome's regions and NLVR2's pairs, in miniature under their published names."""
 
 import json
+import tracemalloc
 
 import pytest
 
-from feature_extract.sources import nlvr2, visual_genome
+from feature_extract.sources import nlvr2, reading, visual_genome
 from feature_extract.sources.item import Item, NarrationItem
 from opt.config import UserError
 from opt.data.questions import Question, read_questions
@@ -39,6 +40,24 @@ def test_visual_genome_takes_the_longest_phrases(tmp_path):
     assert in_order.pictures == ("vg/VG_100K_2/1.jpg",)
     everything, _ = visual_genome.Source(tmp_path, phrases=0).rows()
     assert len(everything.narrations) == 4
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_a_long_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(reading, "CHUNK_CHARACTERS", chunk)
+    content = [regions(number, f"pi\u00e8ce [{number}], {{x}}") for number in range(20)]
+    for indent, ensure_ascii in ((None, True), (1, False)):
+        (tmp_path / "list.json").write_text(json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
+        assert list(reading.stream_json(tmp_path / "list.json")) == content
+
+
+def test_visual_genome_streams_its_regions(tmp_path):
+    write_genome(tmp_path, [regions(1, *["a phrase of a region"] * 50)] * 2000)
+    tracemalloc.start()
+    assert sum(1 for _ in visual_genome.Source(tmp_path).rows()) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "region_descriptions.json").stat().st_size > 10 << 20 and peak < 6 << 20
 
 
 def test_visual_genome_names_what_it_cannot_use(tmp_path):
@@ -92,10 +111,11 @@ def test_nlvr2_options(tmp_path):
 
 
 def test_nlvr2_malformed_lines_keep_their_place(tmp_path):
-    bad = [pair("dev"), pair(sentence=None), pair(label="maybe"), "{\n", "5\n", pair(sentence="half \ud800")]
+    bad = [pair("dev"), pair("dev-850-0-x"), pair(sentence=None), pair(label="maybe"), "{\n", "5\n"]
+    bad.append(pair(sentence="half \ud800"))
     (tmp_path / "dev.json").write_text(pair() + "".join(bad) + pair())
     source = nlvr2.Source(tmp_path, "dev", sentences="true")
     first, *broken, last = source.rows()
-    assert [row.key for row in broken] == [f"dev.json:{number}" for number in range(2, 8)]
+    assert [row.key for row in broken] == [f"dev.json:{number}" for number in range(2, 9)]
     assert isinstance(first, Item) and isinstance(last, Item)
     assert len(list(source.questions())) == 2
