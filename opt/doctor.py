@@ -23,6 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 CORE = "pip install -c constraints.txt -e ."
+DETECTRON2 = (
+    "git clone https://github.com/facebookresearch/detectron2 && pip install --no-build-isolation ./detectron2"
+)
 
 
 @dataclass
@@ -54,21 +57,21 @@ def examine() -> list[Finding]:
         _machine(),
         Finding("Python", True, platform.python_version()),
         _package("torch", "torch", "torch", CORE, _torch),
-        _package("torchvision detector", "torchvision", "torchvision", CORE, _torchvision),
-        _package("torchaudio", "torchaudio", "torchaudio", CORE, _torchaudio),
-        _package("transformers speech", "transformers", "transformers", CORE, _transformers),
+        _package("--regions torchvision_detector", "torchvision", "torchvision", CORE, _torchvision),
+        _package("--regions bottom_up", "torchvision", "torchvision", CORE, _torchvision),
+        _package("--regions detectron2_detector", "detectron2", "detectron2", DETECTRON2),
+        _package("--audio transformers_speech", "transformers", "transformers", CORE, _transformers),
+        _package("--audio torchaudio_speech", "torchaudio", "torchaudio", CORE, _torchaudio),
+        _package("--audio fairseq_speech", "transformers", "transformers", CORE, _transformers),
+        _package("--codes dvae", "torch", "torch", CORE),
+        _package("--codes dalle", "torch", "torch", CORE),
+        _tiny_networks(),
+        _package("--runner ray", "ray", "ray", _extra("ray")),
+        _package("tables in Parquet", "pyarrow", "pyarrow", _extra("parquet")),
         _package("sound files", "soundfile", "soundfile", CORE, _soundfile),
         _package("espeak-ng voices", "espeakng_loader", "espeakng-loader", CORE, _espeak),
-        _tiny_networks(),
-        _package("DALL-E (only to compare)", "dall_e", "DALL-E", 'pip install -c constraints.txt -e ".[dalle]"'),
-        _package("fairseq (optional)", "fairseq", "fairseq-fixed", 'pip install -c constraints.txt -e ".[fairseq]"'),
-        _package(
-            "detectron2 (optional)",
-            "detectron2",
-            "detectron2",
-            "git clone https://github.com/facebookresearch/detectron2 && pip install --no-build-isolation ./detectron2",
-        ),
-        _package("Ray (optional)", "ray", "ray", "pip install ray"),
+        _package("DALL-E (only to compare)", "dall_e", "DALL-E", _extra("dalle")),
+        _package("fairseq (only to compare)", "fairseq", "fairseq-fixed", _extra("fairseq")),
         _java(),
     ]
 
@@ -104,6 +107,11 @@ def _package(
     return Finding(name, True, ", ".join(part for part in (_version(module, distribution), more) if part))
 
 
+def _extra(name: str) -> str:
+    """The command that installs an optional part."""
+    return f'pip install -c constraints.txt -e ".[{name}]"'
+
+
 def _version(module: str, distribution: str) -> str:
     for known_as in (distribution, module):
         try:
@@ -129,6 +137,8 @@ def _torchvision(torchvision: Any) -> str:
     boxes_R4, scores_R = torch.tensor([[0.0, 0, 1, 1], [0.0, 0, 1, 1]]), torch.tensor([1.0, 0.5])
     if torchvision.ops.nms(boxes_R4, scores_R, 0.5).tolist() != [0]:
         raise RuntimeError("its non-maximum suppression gives wrong answers")
+    if torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [boxes_R4[:1]], 1, aligned=True).tolist() != [[[[1.0]]]]:
+        raise RuntimeError("its RoIAlign gives wrong answers")
     return ""
 
 

@@ -1,20 +1,24 @@
 """`opt doctor` names every backend, and turns every failure into a reason and a command."""
 
+import pkgutil
 import sys
 import types
 
 from rich.console import Console
 
+from feature_extract import backends
 from opt import doctor
 
 
 def test_examine_says_what_works_and_how_to_mend_the_rest():
     findings = {finding.name: finding for finding in doctor.examine()}
-    for name in ("Python", "torch", "torchvision detector", "torchaudio", "transformers speech", "sound files"):
+    for name in ("Python", "torch", "--regions torchvision_detector", "--audio transformers_speech", "sound files"):
         assert findings[name].works, findings[name]
     assert "MP3 yes" in findings["sound files"].detail
-    for word in ("espeak", "tiny", "DALL-E", "fairseq", "detectron2", "Ray", "Java"):
+    for word in ("espeak", "tiny", "--runner ray", "Parquet", "Java"):
         assert any(word in name for name in findings), word
+    for entry in pkgutil.iter_modules(backends.__path__):
+        assert any(name.endswith(f" {entry.name}") for name in findings), entry.name
     assert all(finding.works != bool(finding.mend) for finding in findings.values())
 
 
