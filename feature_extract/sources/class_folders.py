@@ -16,7 +16,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from feature_extract.sources.folder import PICTURES, walk
+from feature_extract.sources.folder import PICTURES
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
     item_or_bad_row,
@@ -24,6 +24,7 @@ from feature_extract.sources.reading import (
     required,
     split_folder,
     text_lines,
+    walk,
     well_formed,
 )
 from opt.config import UserError
@@ -75,7 +76,7 @@ class Source:
     def _item(self, path: str, folder: str, names: dict[str, str], templates: tuple[str, ...]) -> Item:
         """A picture with its captions. Raises ValueError for a class without a name."""
         if names and _plain(folder) not in names:
-            raise ValueError(f"{self.names} has no name for the class {folder!r}")
+            raise ValueError(f"no name for the class {folder!r}")
         name = names.get(_plain(folder)) or folder.replace("_", " ").replace("-", " ").strip()
         if self.captions == "one":
             templates = (templates[zlib.crc32(path.encode()) % len(templates)],)

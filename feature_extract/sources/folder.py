@@ -27,6 +27,7 @@ from feature_extract.sources.reading import (
     prefix,
     split_folder,
     stem_of,
+    walk,
     well_formed,
 )
 from opt.config import UserError
@@ -73,18 +74,16 @@ class Source:
         paths = [well_formed(place + name) for name in names]
         pictures = tuple(path for path in paths if _ending(path) in PICTURES)
         recordings = [path for path in paths if _ending(path) in RECORDINGS]
-        captions = [well_formed(decode(line).strip()) for path in paths if _ending(path) in CAPTIONS
-                    for _, line in numbered_lines(self.corpus / path)]
+        captions = [caption for path in paths if _ending(path) in CAPTIONS for caption in self._captions(path)]
         pairs = enumerate(itertools.zip_longest(captions, recordings))
         return Item(key_of(place + stem), pictures, tuple(NarrationItem(str(number), *pair) for number, pair in pairs))
 
+    def _captions(self, path: str) -> list[str]:
+        """The lines of a text. Raises ValueError or OSError when it is none."""
+        if not (self.corpus / path).is_file():  # a pipe may never end
+            raise ValueError(f"{path} is no ordinary file")
+        return [well_formed(decode(line).strip()) for _, line in numbered_lines(self.corpus / path)]
 
-def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `top` down with the names of its files, sorted by stem, then name; hidden ones left out."""
-    for folder, subfolders, names in os.walk(top):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(folder), sorted((name for name in names if not name.startswith(".")),
-                                   key=lambda name: (stem_of(name), name))
 
 
 def _ending(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from opt.config import UserError
 
 MAX_LINE_BYTES = 1 << 24
 """A longer line is malformed. Published narrations with their mouse traces stay far below it."""
+MAX_REASON = 200
 CHUNK_CHARACTERS = 1 << 20
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, csv.Error)
 """What reading a row raises when the row is at fault."""
@@ -28,8 +30,9 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def bad_row(where: str, error: Exception) -> BadRow:
-    """The row at `where`, which is FILE:LINE, that cannot be read because of `error`."""
-    reason = f"malformed line ({type(error).__name__}: {error})"
+    """The row at `where`, which is FILE:LINE, that cannot be read because of `error`: told alike wherever it lies."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = f"malformed line ({type(error).__name__}: {why[:MAX_REASON]})"
     key, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (where, reason))
     return BadRow(key, reason)
 
@@ -217,6 +220,21 @@ def split_folder(corpus: Path, split: str) -> Path:
         there = sorted(path.name for path in corpus.iterdir() if path.is_dir() and not path.name.startswith("."))
         raise UserError(f"{corpus}: no folder {split!r}, so there is no such split; there are {', '.join(there[:20])}")
     return corpus
+
+
+def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` down with the names of its files, sorted by stem, then name; hidden ones left out.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+    for folder, subfolders, names in os.walk(top, onerror=_raise):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        shown = (name for name in names if not name.startswith("."))
+        yield Path(folder), sorted(shown, key=lambda name: (stem_of(name), name))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def plain_name(split: str) -> None:

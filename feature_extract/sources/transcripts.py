@@ -10,7 +10,6 @@ Panayotov et al. 2015. The words become the caption of the recording, as written
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from feature_extract.sources.reading import (
     numbered_lines,
     prefix,
     split_folder,
+    walk,
     well_formed,
 )
 from opt.config import UserError
@@ -53,8 +53,7 @@ class Source:
             raise UserError(f"--recordings {self.recordings}: must hold {{id}}, e.g. flac/{{id}}.flac")
         if (folder / TABLE).is_file():
             return [folder / TABLE]
-        files = [Path(place) / name for place, _, names in os.walk(folder) for name in names
-                 if name.endswith(".trans.txt")]
+        files = [place / name for place, names in walk(folder) for name in names if name.endswith(".trans.txt")]
         if not files:
             raise UserError(f"{folder}: neither {TABLE} nor any *.trans.txt below it")
         return sorted(files)

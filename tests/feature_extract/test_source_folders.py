@@ -1,6 +1,7 @@
 """A plain folder, and a folder a class."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -52,11 +53,26 @@ def test_broken_captions_and_names_are_named(tmp_path):
     touch(tmp_path, "a.jpg", "c.jpg")
     (tmp_path / "a.txt").write_bytes(b"\xff\n")
     (tmp_path / "b.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere")
     with open(os.fsencode(tmp_path) + b"/d\xff.jpg", "wb"):
         pass
     rows = list(folder.Source(tmp_path).rows())
-    assert [row.key for row in rows] == ["a", "c", "d\\udcff"] and all(isinstance(row, BadRow) for row in rows)
+    assert [row.key for row in rows] == ["a", "c", "d\\udcff", "pipe"] and all(isinstance(row, BadRow) for row in rows)
+
+
+def test_a_subfolder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "closed/b.jpg")
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        list(folder.Source(tmp_path).rows())
 
 
 def test_classes_become_captions(tmp_path):
@@ -93,7 +109,7 @@ def test_folders_called_what_they_hold_and_open_images_names(tmp_path):
     *nameless, tortoise = class_folders.Source(tmp_path, names=names, templates=templates).rows()
     assert tortoise.narrations[0].caption == "A Tortoise or a Tortoise"
     assert [row.reason for row in nameless] == [
-        f"malformed line (ValueError: {names} has no name for the class {name!r})" for name in ("apple", "hot_dog")]
+        f"malformed line (ValueError: no name for the class {name!r})" for name in ("apple", "hot_dog")]
 
 
 def test_all_templates_are_drawn_about_equally(tmp_path):
