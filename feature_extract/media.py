@@ -224,7 +224,7 @@ def _broken(what: str, error: Exception) -> str:
 def _short(error: Exception) -> str:
     """One line about the error, the same on every run: no folders, none of the object addresses that decoders name."""
     if isinstance(error, soundfile.LibsndfileError):
-        return error.error_string.rstrip(".")
+        return error.error_string.removeprefix("Error : ").rstrip(".")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     line = str(error).splitlines()[0] if str(error) else ""
