@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
+
+from opt.config import UserError
 
 Kind = Literal["caffe", "preactivated", "converted", "detectron2"]
 
@@ -67,6 +69,11 @@ class Conventions:
     """What the box head's changes of x, y, width and height are divided by."""
     class_overlap: float = 0.3
     """Overlap above which the box of a lower score is suppressed, class by class."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Conventions).items():
+            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
+                raise UserError(f"{name} {value!r}: expected {' or '.join(get_args(hint))}")
 
 
 OF_KIND: dict[Kind, Conventions] = {

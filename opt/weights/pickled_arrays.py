@@ -19,8 +19,9 @@ from opt.weights.pickled import InertUnpickler, Node
 
 MAKERS = tuple(f"numpy.{core}.{name}" for core in ("core", "_core") for name in (
     "multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))
-NAMES = (*MAKERS, "numpy.ndarray", "numpy.dtype", "_codecs.encode")
-"""All that an array's pickle names, in numpy 1 and 2; `_codecs.encode` carries bytes in the older protocols."""
+EMPTY = ("__builtin__.bytes", "builtins.bytes")
+NAMES = (*MAKERS, *EMPTY, "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+"""All that an array's pickle names, in numpy 1 and 2; in protocols 0 to 2, bytes are made by a call."""
 DTYPES = frozenset({"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"})
 
 
@@ -69,7 +70,9 @@ def _tensor(content: bytes, dtype: Node, shape: tuple[int, ...], order: Any) -> 
 
 
 def _bytes(content: Any) -> bytes:
-    """An array's content: bytes, or the text that protocols 0 to 2 make of them."""
+    """An array's content: bytes, or what protocols 0 to 2 make of them."""
+    if isinstance(content, Node) and content.name in EMPTY and not content.arguments:
+        return b""
     if isinstance(content, Node) and content.name == "_codecs.encode" and content.arguments[1] == "latin1":
         return content.arguments[0].encode("latin1")
     if not isinstance(content, bytes | bytearray):
