@@ -6,6 +6,7 @@ Shape legend: T frames, D feature width, G codebooks, n samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -21,29 +22,28 @@ from opt.config import UserError
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """frames_per_second: the stored rate; 0: the network's own. max_frames: a recording that would have more is
-    averaged more coarsely; 0: no limit.
-
-    max_seconds: a longer recording is refused.
-    layer: -1 what the network hands on, 0 what enters its first block, n what leaves block n.
-    window_seconds: a longer recording is heard in windows of that length; 0: whole. context_seconds: what a window
-    knows on both sides of what is kept of it.
-    codes: store quantiser ids too.
-    """
+    """What is stored of a recording, and from where in the network it is taken (docs/speech.md)."""
 
     frames_per_second: float = 10.0
+    """Frames of a second of speech; 0: as many as the network gives."""
     max_frames: int = 256
+    """A recording that would have more is averaged more coarsely; 0: no limit."""
     max_seconds: float = 300.0
+    """A longer recording is refused, and only its caption stored."""
     layer: int = -1
+    """Layer of the speech network: -1 what it hands on, 0 what enters its first block, N what leaves block N."""
     window_seconds: float = 30.0
+    """A longer recording is heard in overlapping windows of that length; 0: whole, however long it is."""
     context_seconds: float = 2.5
+    """What a window hears before and after the part that is kept of it."""
     codes: Annotated[bool, tyro.conf.arg(name="speech-codes")] = False
+    """Store the ids of the speech network's quantiser too, where it has one."""
 
     def __post_init__(self) -> None:
-        if self.window_seconds and not 0 < 2 * self.context_seconds < self.window_seconds:
-            raise UserError(f"audio window_seconds {self.window_seconds:g} with context_seconds "
-                            f"{self.context_seconds:g}: a window must be longer than twice its context; make it "
-                            "longer, or 0 to hear recordings whole")
+        if self.window_seconds and not 0 < 2 * self.context_seconds < self.window_seconds < math.inf:
+            raise UserError(f"window_seconds {self.window_seconds:g}, context_seconds {self.context_seconds:g}: a "
+                            "window must be longer than twice its context; make it longer, or 0 to hear recordings "
+                            "whole")
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,10 @@ def at_seams(norm: str, context: float) -> tuple[float, float]:
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_seams_do_not_show(norm):
     """Frames at a seam are no farther from those of one long call than frames elsewhere, and there is no jump."""
-    farther, steeper = at_seams(norm, context=2.5)
-    assert farther < 1.2 and steeper < 1.1, (farther, steeper)
-    farther, _ = at_seams(norm, context=0.1)
-    assert farther > 1.5, farther  # with little context they are: the measure sees seams
+    (farther, steeper), (with_little_context, _) = at_seams(norm, context=2.5), at_seams(norm, context=0.1)
+    print(f"{norm} norm: at seams {farther:.2f} of elsewhere, steps {steeper:.2f}; with 0.1 s {with_little_context:.2f}")
+    assert farther < 1.2 and steeper < 1.1
+    assert with_little_context > 1.5  # the measure sees seams where there are some
 
 
 def test_group_norm_is_that_of_the_whole_recording():
@@ -159,7 +159,8 @@ def test_ten_minutes_need_no_more_memory_than_a_window():
     assert grown < 250, f"{grown:.0f} MB more"
 
 
-@pytest.mark.parametrize(("window", "context"), [(10.0, 5.0), (10.0, 0.0), (-1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("window", "context"), [(10.0, 5.0), (10.0, 0.0), (-1.0, 0.1), (float("inf"), 1.0), (float("nan"), 1.0)])
 def test_a_window_must_hold_more_than_its_context(window, context):
     with pytest.raises(UserError, match="longer than twice its context"):
         AudioSettings(window_seconds=window, context_seconds=context)

@@ -37,10 +37,10 @@ def spread(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def hear(path: Path, layer: int = -1) -> torch.Tensor:
+def hear(path: Path, layer: int = -1, waveform: np.ndarray = WAVEFORM) -> torch.Tensor:
     """Ours (T, D), in full precision: before it is stored as float16."""
     extractor = fairseq_speech.load(str(path), AudioSettings(**OWN_RATE, layer=layer), "cpu")
-    return extractor.hear(torch.from_numpy(WAVEFORM)[None])[0]
+    return extractor.hear(torch.from_numpy(waveform)[None])[0]
 
 
 # Without fairseq: a transformers network under fairseq's names
@@ -186,44 +186,45 @@ def test_strides_are_read_from_the_expression_and_nothing_else_is():
 # With fairseq: its own networks
 
 
-def fairseq_network(kind: str) -> tuple[torch.nn.Module, Any, bool]:
-    """A network of fairseq, its settings, and whether it standardises waveforms."""
+def save_fairseqs(kind: str, path: Path, sizes: dict[str, Any]) -> torch.nn.Module:
+    """A network of fairseq's, saved with its own function; settings as its trainer writes them, or as omegaconf's."""
     pytest.importorskip("fairseq")
+    from fairseq.checkpoint_utils import torch_persistent_save
     from fairseq.models.hubert.hubert import HubertConfig, HubertModel
     from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config as Config
     from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Model
     from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
+    from omegaconf import OmegaConf
 
-    family, _, size = kind.partition(" ")
-    shape = {**SIZES, **(LARGE if size == "large" else {}), "final_dim": 24}
+    family, _, style = kind.partition(" ")
+    shape = {**sizes, **(LARGE if style == "large" else {})}
+    torch.manual_seed(0)
     if family == "hubert":
         settings: Any = HubertConfig(label_rate=50, **shape)
-        task = HubertPretrainingConfig(data="x", labels=["km"])
-        return spread(HubertModel(settings, task, [list(range(20))])), settings, size == "large"
-    settings = Config(quantize_targets=True, latent_vars=20, **shape)
-    return spread(Wav2Vec2Model(settings)), settings, size == "large"
+        module = HubertModel(settings, HubertPretrainingConfig(data="x", labels=["km"]), [list(range(20))])
+    else:
+        settings = Config(quantize_targets=True, latent_vars=20, **shape)
+        module = Wav2Vec2Model(settings)
+    cfg: Any = {"model": OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True),
+                "task": {"normalize": style == "large"}}
+    cfg = OmegaConf.create(cfg) if style == "large" else cfg
+    torch_persistent_save({"args": None, "cfg": cfg, "model": module.state_dict()}, str(path))
+    return module.eval()
 
 
 @pytest.fixture(scope="module", params=["wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large"])
-def fairseqs(request, tmp_path_factory) -> tuple[torch.nn.Module, Path, bool]:
-    """A network of fairseq's, saved with its own function; settings as its trainer writes them, or as omegaconf's."""
-    module, settings, normalise = fairseq_network(request.param)
-    from fairseq.checkpoint_utils import torch_persistent_save
-    from omegaconf import OmegaConf
-
+def fairseqs(request, tmp_path_factory) -> tuple[torch.nn.Module, Path]:
+    """A small network of fairseq's whose weights all matter, and its file."""
     path = tmp_path_factory.mktemp("fairseq") / "network.pt"
-    model = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
-    cfg: Any = {"model": model, "task": {"normalize": normalise}}
-    cfg = OmegaConf.create(cfg) if normalise else cfg
-    torch_persistent_save({"args": None, "cfg": cfg, "model": module.state_dict()}, str(path))
-    return module, path, normalise
+    module = spread(save_fairseqs(request.param, path, {**SIZES, "final_dim": 24}))
+    torch.save({**torch.load(path, weights_only=False), "model": module.state_dict()}, path)
+    return module, path
 
 
 @torch.inference_mode()
 def test_fairseqs_own_networks_give_the_same_at_every_layer(fairseqs):
-    module, path, normalise = fairseqs
+    module, path = fairseqs
     heard = torch.from_numpy(WAVEFORM)[None]
-    assert read(path).normalise == normalise
     for layer in (1, 2, -1):  # HuBERT counts layers from 1, wav2vec 2.0 from 0
         number = layer if hasattr(module, "label_embs_concat") else layer - 1
         out = module.extract_features(heard, padding_mask=None, mask=False,
@@ -239,7 +240,7 @@ def test_fairseqs_own_networks_give_the_same_at_every_layer(fairseqs):
 def test_torchaudios_importer_gives_the_same(fairseqs):
     from torchaudio.models.wav2vec2.utils import import_fairseq_model
 
-    module, path, _ = fairseqs
+    module, path = fairseqs
     theirs_TD = import_fairseq_model(module).eval()(torch.from_numpy(WAVEFORM)[None])[0][0]
     difference = (hear(path) - theirs_TD).abs().max().item()
     print(f"torchaudio's import of {type(module).__name__}: {difference:.1e}")
@@ -248,7 +249,7 @@ def test_torchaudios_importer_gives_the_same(fairseqs):
 
 @torch.inference_mode()
 def test_ids_are_those_of_fairseqs_quantiser(fairseqs):
-    module, path, _ = fairseqs
+    module, path = fairseqs
     if not hasattr(module, "quantize"):
         pytest.skip("HuBERT has no quantiser")
     settings = AudioSettings(**OWN_RATE, codes=True)
@@ -256,3 +257,18 @@ def test_ids_are_those_of_fairseqs_quantiser(fairseqs):
     _, codes_TG = extractor.hear(torch.from_numpy(WAVEFORM)[None])
     _, theirs_1TG = module.quantize(torch.from_numpy(WAVEFORM)[None])
     assert torch.equal(codes_TG, theirs_1TG[0]) and len(codes_TG.unique()) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wav2vec2 base", "wav2vec2 large", "hubert base"])
+@torch.inference_mode()
+def test_networks_of_the_published_sizes(kind, tmp_path):
+    large = {"encoder_layers": 24, "encoder_embed_dim": 1024, "encoder_ffn_embed_dim": 4096,
+             "encoder_attention_heads": 16}
+    module = save_fairseqs(kind, tmp_path / "network.pt", large if kind.endswith("large") else {})
+    waveform = np.random.default_rng(0).normal(size=32_000).astype(np.float32)
+    out = module.extract_features(torch.from_numpy(waveform)[None], padding_mask=None, mask=False)
+    theirs_TD = (out[0] if isinstance(out, tuple) else out["x"])[0]
+    difference = (hear(tmp_path / "network.pt", waveform=waveform) - theirs_TD).abs().max()
+    print(f"{kind}, {sum(one.numel() for one in module.parameters()):,} parameters: {difference:.1e}")
+    assert difference < 1e-5
