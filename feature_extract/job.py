@@ -183,8 +183,9 @@ def run(config: ExtractConfig, job: Job, setup: Setup, extractors: Extractors, b
 
 def names() -> list[str]:
     """The sources that can be extracted: modules of feature_extract/sources with a Source."""
-    names = [entry.name for entry in pkgutil.iter_modules(sources.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(f"{sources.__name__}.{name}"), "Source")]
+    modules = {entry.name: importlib.import_module(f"{sources.__name__}.{entry.name}")
+               for entry in pkgutil.iter_modules(sources.__path__)}
+    return [name for name, module in modules.items() if dataclasses.is_dataclass(getattr(module, "Source", None))]
 
 
 def _module(name: str) -> str:

@@ -38,8 +38,8 @@ class Source:
     """Folder of the corpus."""
     split: str = "train"
     """train, dev, test1 or test2."""
-    sentences: Literal["all", "true", "none"] = "all"
-    """Which sentences become narrations. A false one is no caption: choose true before pretraining on them."""
+    sentences: Literal["true", "all", "none"] = "true"
+    """Which sentences become narrations: a false one is no caption."""
     pictures: str = "images"
     """Folder that the splits' folders lie in; url: the addresses that the lines name, some of which are gone."""
 

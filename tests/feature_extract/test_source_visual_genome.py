@@ -89,7 +89,7 @@ def pair(identifier="train-10171-0-0", sentence="Two dogs.", label="True", **mor
 def test_nlvr2_sentences_of_one_pair_share_its_two_pictures(tmp_path):
     second = pair("train-10171-0-1", "Three cats.", "False", directory=77)
     (tmp_path / "train.json").write_text(pair(directory=77) + second)
-    source = nlvr2.Source(tmp_path)
+    source = nlvr2.Source(tmp_path, sentences="all")
     pictures = tuple(f"images/train/77/train-10171-0-img{number}.png" for number in (0, 1))
     assert list(source.rows()) == [Item("train-10171-0", pictures, (NarrationItem("0", "Two dogs."),)),
                                    Item("train-10171-0", pictures, (NarrationItem("1", "Three cats."),))]  # fmt: skip
@@ -101,7 +101,7 @@ def test_nlvr2_sentences_of_one_pair_share_its_two_pictures(tmp_path):
 
 def test_nlvr2_options(tmp_path):
     (tmp_path / "dev.json").write_text(pair("dev-850-0-0") + pair("dev-850-0-1", label="False"))
-    (row,) = nlvr2.Source(tmp_path, "dev", sentences="true", pictures="pngs").rows()
+    (row,) = nlvr2.Source(tmp_path, "dev", pictures="pngs").rows()
     assert row.pictures == ("pngs/dev/dev-850-0-img0.png", "pngs/dev/dev-850-0-img1.png")
     assert row.narrations == (NarrationItem("0", "Two dogs."),)
     (row,) = nlvr2.Source(tmp_path, "dev", sentences="none", pictures="url").rows()
@@ -114,7 +114,7 @@ def test_nlvr2_malformed_lines_keep_their_place(tmp_path):
     bad = [pair("dev"), pair("dev-850-0-x"), pair(sentence=None), pair(label="maybe"), "{\n", "5\n"]
     bad.append(pair(sentence="half \ud800"))
     (tmp_path / "dev.json").write_text(pair() + "".join(bad) + pair())
-    source = nlvr2.Source(tmp_path, "dev", sentences="true")
+    source = nlvr2.Source(tmp_path, "dev")
     first, *broken, last = source.rows()
     assert [row.key for row in broken] == [f"dev.json:{number}" for number in range(2, 9)]
     assert isinstance(first, Item) and isinstance(last, Item)
