@@ -22,7 +22,6 @@ from feature_extract.quantisers import Quantiser
 from feature_extract.windows import (
     FrameGrid,
     RecordingNorm,
-    Window,
     frame_grid,
     hear_in_windows,
     norm_of_recording,
@@ -53,6 +52,7 @@ class SpeechNetwork(ABC):
         self.codebooks: tuple[int, ...] = () if quantiser is None else quantiser.codebooks
         self.first_layer = layers[0]
         self.grid: FrameGrid = frame_grid(layer.conv for layer in layers)
+        self.window, self.context = _window_frames(settings, self.grid)
 
     @abstractmethod
     def hear(self, waveform_1n: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +63,8 @@ class SpeechNetwork(ABC):
         """The features of a waveform (n,) float32 at 16 kHz."""
         heard = waveform if self.epsilon is None else standardise(waveform, self.epsilon)
         waveform_1n = torch.from_numpy(heard)[None].to(self.device)
-        windows = self._windows(len(waveform))
+        frames = self.grid.frames(len(waveform))
+        windows = plan_windows(frames, self.window or frames, self.context)
         if len(windows) == 1:
             hidden_TD, *codes_TG = (output.cpu() for output in self.hear(waveform_1n))
         else:
@@ -74,16 +75,22 @@ class SpeechNetwork(ABC):
                 hidden_TD, *codes_TG = hear_in_windows(self.hear, waveform_1n, self.grid, windows)
         return pool_frames(hidden_TD, codes_TG[0] if codes_TG else None, len(waveform), self.grid.stride, self.settings)
 
-    def _windows(self, samples: int) -> list[Window]:
-        frames = self.grid.frames(samples)
-        longest = self.grid.frames(round(self.settings.window_seconds * SAMPLE_RATE)) or frames
-        context = round(self.settings.context_seconds * SAMPLE_RATE / self.grid.stride)
-        return plan_windows(frames, longest, context)
-
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256 (of what runs: blocks behind the layer are cut off), settings."""
         both = nn.ModuleDict({"network": self.network, "quantiser": self.quantiser}) if self.quantiser else self.network
         return describe(self.backend, self.weights, both, self.settings)
+
+
+def _window_frames(settings: AudioSettings, grid: FrameGrid) -> tuple[int, int]:
+    """A window and its context in frames; no window at all is (0, 0). Raises UserError for one with nothing to keep."""
+    if not settings.window_seconds:
+        return 0, 0
+    window = grid.frames(round(settings.window_seconds * SAMPLE_RATE))
+    context = round(settings.context_seconds * SAMPLE_RATE / grid.stride)
+    if window <= 2 * context:
+        raise UserError(f"window_seconds {settings.window_seconds:g} has {window} frames, and a context of {context} "
+                        "on both sides leaves none of them; make it longer")
+    return window, context
 
 
 def cut_behind(layer: int, weights: str, transformer: Any, norm_at_end: bool) -> None:

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from feature_extract.audio import AudioSettings
 from feature_extract.backends.transformers_speech import TransformersSpeech, load
+from feature_extract.quantisers import ProductQuantiser
 from feature_extract.windows import FrameGrid, frame_grid, plan_windows
 from opt.config import UserError
 
@@ -85,7 +86,7 @@ def test_frames_are_as_many_as_in_one_call_at_every_length_around_the_boundaries
     for around in (RATE, RATE + 8 * 320, RATE + 16 * 320 + 80):
         for samples in (around + off for off in (-321, -320, -1, 0, 1, 79, 80, 81, 319, 320, 321, 400)):
             waveform = speech_like(samples / RATE)
-            counts.add(len(extractor._windows(samples)))
+            counts.add(len(plan_windows(extractor.grid.frames(samples), extractor.window, extractor.context)))
             assert len(extractor(waveform).features) == len(whole(waveform).features)
     assert counts == {1, 2}
 
@@ -116,10 +117,10 @@ def at_seams(norm: str, context: float) -> tuple[float, float]:
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_seams_do_not_show(norm):
     """Frames at a seam are no farther from those of one long call than frames elsewhere, and there is no jump."""
-    (farther, steeper), (with_little_context, _) = at_seams(norm, context=2.5), at_seams(norm, context=0.1)
-    print(f"{norm} norm: at seams {farther:.2f} of elsewhere, steps {steeper:.2f}; with 0.1 s {with_little_context:.2f}")
+    (farther, steeper), (too_little, _) = at_seams(norm, context=2.5), at_seams(norm, context=0.1)
+    print(f"{norm} norm: at seams {farther:.2f} of elsewhere, steps {steeper:.2f}; with 0.1 s {too_little:.2f}")
     assert farther < 1.2 and steeper < 1.1
-    assert with_little_context > 1.5  # the measure sees seams where there are some
+    assert too_little > 1.5  # the measure sees seams where there are some
 
 
 def test_group_norm_is_that_of_the_whole_recording():
@@ -137,6 +138,20 @@ def test_group_norm_is_that_of_the_whole_recording():
     again = TransformersSpeech("t", "t", network("group"), AudioSettings(**SETTINGS), "cpu")
     again(waveform)
     assert again.first_layer.layer_norm.moments is None
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_codes_are_those_of_one_call(norm):
+    """The quantiser sees what the convolutions give; rounding may tip a rare balance."""
+    torch.manual_seed(1)
+    quantiser = ProductQuantiser(nn.Linear(16, 2 * 20), 2)
+
+    def codes(window: float) -> np.ndarray:
+        settings = AudioSettings(**SETTINGS, codes=True, window_seconds=window, context_seconds=0.5)
+        return TransformersSpeech("t", "t", network(norm), settings, "cpu", quantiser=quantiser)(speech_like(12)).codes
+
+    whole = codes(0)
+    assert (codes(3) == whole).mean() > 0.999 and len(np.unique(whole)) > 10
 
 
 def test_a_recording_is_the_same_alone_and_among_others():
@@ -164,3 +179,9 @@ def test_ten_minutes_need_no_more_memory_than_a_window():
 def test_a_window_must_hold_more_than_its_context(window, context):
     with pytest.raises(UserError, match="longer than twice its context"):
         AudioSettings(window_seconds=window, context_seconds=context)
+
+
+@pytest.mark.parametrize(("window", "context"), [(0.5, 0.24), (0.02, 0.001)])
+def test_a_window_must_hold_more_frames_than_its_context(window, context):
+    with pytest.raises(UserError, match=r"window_seconds .* has \d+ frames, .* longer"):
+        load("tiny", AudioSettings(window_seconds=window, context_seconds=context), "cpu")
