@@ -113,6 +113,16 @@ def silent(seconds: float) -> Fault:
     return lambda handler, content: time.sleep(seconds)
 
 
+def late(seconds: float) -> Fault:
+    """Answers as it should, but later."""
+
+    def fault(handler: _Handler, content: bytes) -> None:
+        time.sleep(seconds)
+        handler.serve(content, handler.headers.get("Range", ""))
+
+    return fault
+
+
 def dripping(handler: _Handler, content: bytes) -> None:
     """Sends a byte every 20 ms."""
     handler.send_response(200)

@@ -1,7 +1,12 @@
 """`opt download open-images` against a server of the same layout that does everything servers do."""
 
+import hashlib
 import json
+import random
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from feature_extract.download import files, open_images
 from feature_extract.download.open_images import DownloadConfig, download
+from feature_extract.download.stream import stream
 from feature_extract.fetch import Patience
 from opt.config import UserError
 from opt.files import sha256
@@ -226,6 +232,54 @@ def test_files_that_shrank_or_have_no_receipt_are_fetched_again(web, tmp_path):
     assert set(gets(web)) == {f"GET /oi/train/{1:016x}.jpg", f"GET {json.loads(lines[-1])['url'][len(web.url):]}"}
     download(config(tmp_path / "calm"), QUICK)
     assert contents(folder) == contents(tmp_path / "calm" / "corpus")
+    web.asked.clear()
+    download(config(tmp_path), QUICK)
+    assert web.asked == [], "the torn line did not spoil those after it"
+
+
+def test_kills_at_any_moment(web, tmp_path):
+    """SIGKILL, run again, six times; then to the end: the corpus of a run that nobody disturbed."""
+    for path in web.files:
+        web.faults[path] = [bucket.late(0.02)] * 30
+    code = f"""
+from pathlib import Path
+from feature_extract.download import open_images
+open_images.ANNOTATIONS, open_images.RECORDINGS = {open_images.ANNOTATIONS!r}, {open_images.RECORDINGS!r}
+open_images.PICTURES = {open_images.PICTURES!r}
+print("begun", flush=True)
+open_images.download(open_images.DownloadConfig(Path({str(tmp_path / "corpus")!r}), n=20, connections=2))
+"""
+    moments = random.Random(0)
+    for _ in range(6):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+            run.stdout.readline()
+            time.sleep(moments.uniform(0.0, 0.25))
+            run.kill()
+    download(config(tmp_path, 20), QUICK)
+    download(config(tmp_path / "calm", 20), QUICK)
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "calm" / "corpus")
+    assert not list((tmp_path / "corpus").rglob("*.tmp"))
+
+
+def test_a_kill_before_the_whole_file_got_its_name(web, tmp_path):
+    content, path = web.files[FIRST], tmp_path / "lines.jsonl"
+    version = {"validator": '"x"', "bytes": len(content), "sums": {"md5": hashlib.md5(content).hexdigest()}}
+    (tmp_path / "lines.jsonl.part").write_bytes(content)
+    (tmp_path / "lines.jsonl.version").write_text(json.dumps(version))
+    assert b"".join(stream(web.url + FIRST, path, QUICK)) == content and path.read_bytes() == content
+    assert web.asked == [] and [file.name for file in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+def test_the_source_reads_what_came(web, tmp_path):
+    from feature_extract.sources.localized_narratives import Source
+
+    download(config(tmp_path), QUICK)
+    source = Source(tmp_path / "corpus")
+    rows = list(source.rows())
+    assert len(rows) == 11
+    for row in rows:
+        for name in (*row.pictures, *(narration.recording for narration in row.narrations)):
+            assert (source.root / name).is_file()
 
 
 def test_only_some_annotators(web, tmp_path):
