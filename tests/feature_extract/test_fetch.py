@@ -7,6 +7,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import bucket
 import google_crc32c
@@ -99,7 +100,8 @@ def test_it_is_given_up_with_a_reason_that_stays_the_same(web, fault, phrase):
 
 def test_waits_double(web, monkeypatch):
     waits = []
-    monkeypatch.setattr("feature_extract.fetch.time.sleep", waits.append)
+    clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr("feature_extract.fetch.time", clock)  # not the server's
     web.faults["/a.jpg"] = [bucket.status(500)] * 5
     reason(f"{web.url}/a.jpg", patience=Patience(tries=5, first_wait=1, longest_wait=4, read=1))
     assert len(waits) == 4
