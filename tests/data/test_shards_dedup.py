@@ -210,6 +210,12 @@ def test_flat_pictures_are_copies_of_flat_pictures_only() -> None:
     assert not len(find_copies(table[2:], table[:2], 12).picture)
 
 
+def test_equal_pixels_in_another_shape_are_no_exact_copy() -> None:
+    pictures = [encoded(Image.new("RGB", size, "white")) for size in ((64, 48), (48, 64), (64, 48))]
+    pixels = [picture_hash(picture)[1] for picture in pictures]
+    assert pixels[0] == pixels[2] != pixels[1]
+
+
 def test_a_picture_of_a_record_without_features_is_compared_too(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", [[Record("k", (Picture(320, 240, jpeg=COPIES["same"]),))]])
     write_folder(tmp_path / "test", [TESTS])

@@ -60,6 +60,7 @@ def test_members_are_plain_and_the_ids_are_explained(tmp_path: Path) -> None:
         file = tar.extractfile("zebra.speech.npy")
         assert file is not None
         assert np.array_equal(np.load(io.BytesIO(file.read()), allow_pickle=False), STORED[0].narrations[0].speech)
+    assert (tmp_path / "out" / "00000.tar").read_bytes()[-1024:] == bytes(1024)
     assert names[:3] == ["zebra.json", "zebra.jpg", "zebra.regions.npy"]
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert facts["region_attributes"] == ["red", "blue"] and facts["speech_codebooks"] == [7, 9]

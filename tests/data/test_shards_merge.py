@@ -42,6 +42,14 @@ def test_all_records_once_as_they_are_stored(folders: tuple[Path, Path], tmp_pat
     verify(VerifyConfig(tmp_path / "out", deep=True))
 
 
+def test_the_first_folder_that_has_a_key_is_named(tmp_path: Path) -> None:
+    for name, keys in (("one", "ab"), ("two", "cd"), ("three", "bcea")):
+        write_folder(tmp_path / name, [[full_record(key, 0)] for key in keys])
+    merge(MergeConfig(tmp_path / "out", (tmp_path / "one", tmp_path / "two", tmp_path / "three")))
+    firsts = {failure.key: failure.reason for failure in read_manifest(tmp_path / "out").failures}
+    assert {key: reason.split("/")[-1] for key, reason in firsts.items()} == {"b": "one)", "c": "two)", "a": "one)"}
+
+
 def test_failures_of_the_folders_are_kept(tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_folder(tmp_path / name, [[full_record(name, 0)]])
@@ -78,6 +86,12 @@ def test_a_merge_cut_short_goes_on(
     copied.clear()
     merge(MergeConfig(tmp_path / "out", folders))
     assert not copied and "7 records" in capsys.readouterr().out
+    (tmp_path / "out" / "00002.json").unlink()
+    copied += ["", ""]
+    monkeypatch.setattr(derive, "_copy", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        merge(MergeConfig(tmp_path / "out", folders))
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

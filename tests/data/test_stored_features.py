@@ -71,7 +71,8 @@ def test_int8_is_off_by_half_a_step_and_by_what_float16_rounds() -> None:
     rows = [rng.standard_normal(300) * 10.0**power for power in range(-7, 5)]
     rows += [np.zeros(300), np.eye(300)[0] * 6e-8, np.full(300, 65504.0), -np.arange(300.0)]
     features = np.stack(rows).clip(-65504, 65504).astype(np.float16)
-    steps, scale = quantise(features)
+    with np.errstate(all="raise"):
+        steps, scale = quantise(features)
     assert steps.dtype == np.int8 and scale.dtype == np.float32 and (np.abs(steps.astype(int)).max(1)[:12] == 127).all()
     read = dequantise(steps, scale)
     assert read.dtype == np.float16 and np.isfinite(read).all()
@@ -94,6 +95,19 @@ def test_int8_halves_the_features_and_leaves_the_rest(tmp_path: Path) -> None:
     reader = write_folder(tmp_path, [STORED, [Record("empty", (full_picture(rng, 0),))]], int8=True)
     assert reader.manifest.storage == "int8" and {receipt.storage for receipt in reader.manifest.shards} == {"int8"}
     check(reader.record(len(reader) - 1))
+
+
+def test_the_highest_frame_rate_counts_written_and_taken_over(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    told = [dataclasses.replace(full_narration(rng, n), frame_rate=rate) for n, rate in enumerate((5.0, 20.0, 10.0))]
+    words = Narration("w", "Only words.", frame_rate=99.0)
+    reader = write_folder(tmp_path / "a", [[Record("k", (), (*told, words)), Record("l", (), (told[0],))]])
+    assert reader.manifest.frame_rate == 20.0
+    with StoredShard(tmp_path / "a", reader.manifest.shards[0]) as shard:
+        for place, rate in ((0, 20.0), (1, 5.0)):
+            with ShardWriter(tmp_path / "b", "00000") as writer:
+                writer.copy(shard, place)
+            assert writer.receipt.frame_rate == rate
 
 
 def test_a_folder_has_one_storage(tmp_path: Path) -> None:

@@ -111,6 +111,22 @@ def test_ids_that_stand_for_nothing_are_found(tmp_path: Path, names: tuple, prob
         verify(VerifyConfig(tmp_path, deep=True))
 
 
+def test_the_first_id_that_stands_for_nothing_is_found(tmp_path: Path) -> None:
+    record = full_record("a", 0)
+    write_folder(tmp_path, [[record]])
+    picture, spoken = record.pictures[0], record.narrations[0].codes
+    assert picture.codes is not None and spoken is not None
+    codebook, entries = int(picture.codes.max()) + 1, [int(most) + 1 for most in spoken.max(0)]
+    for fewer in range(3):
+        sizes = [codebook - (fewer == 1), entries[0], entries[1] - (fewer == 2)]
+        write_manifest(tmp_path, ["00000"], {}, CLASSES, sizes[0], ("red", "blue"), sizes[1:])
+        if not fewer:
+            verify(VerifyConfig(tmp_path, deep=True))
+            continue
+        with pytest.raises(UserError, match="codes"):
+            verify(VerifyConfig(tmp_path, deep=True))
+
+
 def test_inspect_shows_how_features_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     stored = [Record("k", (full_picture(rng, 30, width=100),), (full_narration(rng, 0, 40),))]
