@@ -6,14 +6,17 @@ import tarfile
 
 import numpy as np
 import pytest
+from jobs import config, contents
+from PIL import Image
 
 from feature_extract import job, work
 from feature_extract.extractors import load_extractors
 from feature_extract.job import extract
 from feature_extract.media import read_picture, read_recording
-from jobs import config, contents
+from opt import cli
 from opt.config import UserError
 from opt.data.manifest import read_manifest
+from opt.data.questions import read_questions
 from opt.data.shards import ShardReader
 
 
@@ -179,7 +182,8 @@ def test_dry_run_writes_nothing(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change",
     [{"frames_per_second": float("nan")}, {"frames_per_second": float("inf")}, {"max_seconds": float("inf")},
-     {"max_frames": 70_000}, {"max_regions": 70_000}, {"shard_size": -1}, {"workers": -1}, {"score_threshold": 1.1}, {"row_seconds": 0.0}, {"max_failures": -1}],
+     {"max_frames": 70_000}, {"max_regions": 70_000}, {"shard_size": -1}, {"workers": -1}, {"score_threshold": 1.1},
+     {"row_seconds": 0.0}, {"max_failures": -1}],
 )
 def test_numbers_out_of_range_are_refused_before_any_work(corpus, tmp_path, change):
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} "):
@@ -201,3 +205,44 @@ def test_captions_that_are_too_long_are_failures_of_their_record(corpus, tmp_pat
     extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none"))
     (failure,) = read_manifest(tmp_path / "out").failures
     assert failure.key == "p5" and "words = 70000" in failure.reason
+
+
+@pytest.mark.parametrize("name", job.names())
+def test_every_source_has_options_of_its_own_that_clash_with_none(name, capsys):
+    assert cli.main(["extract", name, "--help"]) == 0
+    assert "--out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("profile", "int8"), [("full", False), ("standard", False), ("compact", True)])
+def test_a_profile_sets_what_is_stored(profile, int8):
+    kind, begin = job.ExtractConfig.prepare(["localized-narratives", "x", "--profile", profile])
+    assert begin.int8 == int8 and begin.speech.max_frames == job.PROFILES[profile]["max_frames"]
+    assert begin.name == "localized-narratives" and begin.source.split == "train"
+
+
+def test_profiles_store_what_they_say(corpus, tmp_path):
+    sizes = {}
+    for profile, stored in job.PROFILES.items():
+        extract(config(corpus, tmp_path / profile, jpeg=False, **stored))
+        reader = ShardReader(tmp_path / profile)
+        sizes[profile] = sum(receipt.bytes for receipt in reader.manifest.shards)
+        top = reader.sample(0).pictures[0].top_classes
+        assert (0 if top is None else top.shape[1]) == min(stored["top_classes"], len(reader.manifest.region_classes))
+        assert all(receipt.storage == ("int8" if stored["int8"] else "float16") for receipt in reader.manifest.shards)
+    assert reader.sample(0).speech.shape[0] < ShardReader(tmp_path / "full").sample(0).speech.shape[0]
+
+
+def test_questions_of_the_source_lie_beside_the_shards(tmp_path):
+    from feature_extract.sources import nlvr2
+
+    (tmp_path / "corpus" / "images" / "dev").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (64, 48), "red").save(tmp_path / "corpus" / "images" / "dev" / f"dev-1-0-img{number}.png")
+    entry = {"identifier": "dev-1-0-0", "sentence": "Both are red.", "label": "True", "left_url": "a", "right_url": "b"}
+    (tmp_path / "corpus" / "dev.json").write_text(json.dumps(entry) + "\n")
+    settings = vars(config(tmp_path, tmp_path / "out", audio="none"))
+    extract(job.ExtractConfig(**settings | {"name": "nlvr2", "source": nlvr2.Source(tmp_path / "corpus", "dev")}))
+    reader = ShardReader(tmp_path / "out")
+    assert len(reader.record(0).pictures) == 2 and reader.sample(0).caption == "Both are red."
+    (question,) = read_questions(tmp_path / "out" / "questions.jsonl")
+    assert question.key == reader.sample(0).key and question.answers == ("true",)

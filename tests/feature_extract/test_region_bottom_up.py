@@ -85,8 +85,8 @@ def random_state(kind, **sizes):
         if name.endswith(("norm.weight", "bn.weight", "running_var")):
             state[name] = rng.uniform(0.3, 0.6, size)
         else:
-            few = 0.003 if any(part in name for part in ("rpn_head.anchor", "rpn_head.obj", "bbox_pred")) else 0.3
-            state[name] = rng.normal(0, few * (0.1 if "cls_score" in name else 1), size)
+            few = 0.01 if any(part in name for part in ("rpn_head.anchor", "rpn_head.obj", "bbox_pred")) else 1
+            state[name] = rng.normal(0, few / np.sqrt(np.prod(size[1:])) if len(size) > 1 else 0.1, size)
     return {name: array.astype(np.float32) for name, array in state.items()}
 
 
@@ -306,8 +306,10 @@ def test_a_real_size_network_from_its_file(tmp_path, capsys):
     path.with_suffix(".classes.txt").write_text("".join(f"class {n}\n" for n in range(1600)))
     path.with_suffix(".attributes.txt").write_text("".join(f"attribute {n}\n" for n in range(400)))
     extractor = bottom_up.load(str(path), RegionSettings(max_regions=36, min_regions=36), "cpu")
+    proposals = []
+    extractor.network.res5.register_forward_hook(lambda *call: proposals.append(len(call[2])))
     begin = time.perf_counter()
     found = extractor(picture(size=(640, 480)))
     with capsys.disabled():
-        print(f"\nR-101, 640 x 480, one thread: {time.perf_counter() - begin:.1f} s a picture")
-    assert found.features.shape == (36, 2048) and np.isfinite(found.features).all()
+        print(f"\nR-101, 640 x 480, one thread: {time.perf_counter() - begin:.1f} s for {sum(proposals)} proposals")
+    assert found.features.shape == (36, 2048) and np.isfinite(found.features).all() and sum(proposals) == 300
