@@ -129,7 +129,8 @@ def test_group_norm_is_that_of_the_whole_recording():
     window = {"window_seconds": 3.0, "context_seconds": 0.5}
 
     def convolved(**settings: float) -> np.ndarray:
-        extractor = TransformersSpeech("t", "t", network("group"), AudioSettings(**SETTINGS, **settings), "cpu", epsilon=None)
+        how = AudioSettings(**SETTINGS, **settings)
+        extractor = TransformersSpeech("t", "t", network("group"), how, "cpu", epsilon=None)
         extractor.hear = lambda wave: (extractor.network.feature_extractor(wave)[0].T,)
         return extractor(waveform).features.astype(np.float32)
 
