@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,29 @@ def test_int8_halves_the_features_and_leaves_the_rest(tmp_path: Path) -> None:
     reader = write_folder(tmp_path, [STORED, [Record("empty", (full_picture(rng, 0),))]], int8=True)
     assert reader.manifest.storage == "int8" and {receipt.storage for receipt in reader.manifest.shards} == {"int8"}
     check(reader.record(len(reader) - 1))
+
+
+FORKS = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from opt.data.shards import ShardReader
+torch.set_num_threads(2)
+torch.randn(10**6).exp()  # starts the threads, which a fork does not take along
+reader = ShardReader(Path(sys.argv[1]))
+child = os.fork()
+signal.alarm(30)
+reader.sample(0)
+os._exit(0) if child == 0 else sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_int8_is_read_after_a_fork(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    record = Record("k", (full_picture(rng, 36, width=1024),), (full_narration(rng, 0, 300),))
+    write_folder(tmp_path, [[record]], int8=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", FORKS, tmp_path], check=True, timeout=60, env=environment)
 
 
 def test_the_highest_frame_rate_counts_written_and_taken_over(tmp_path: Path) -> None:
