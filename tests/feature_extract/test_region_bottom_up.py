@@ -145,17 +145,19 @@ def test_regions_keep_the_contract(files, kind):
     assert extractor.classes[3] == "class 3" and extractor.attributes[6] == "attribute 6"
 
 
+@pytest.mark.parametrize("kind", ["caffe", "detectron2"])
 @pytest.mark.parametrize(("least", "most", "threshold"), [(10, 25, 0.13), (18, 18, 0.2), (1, 40, 0.12), (0, 40, 0.99)])
 @torch.inference_mode()
-def test_the_choice_is_bottom_up_attentions(files, least, most, threshold):
+def test_the_choice_is_bottom_up_attentions(files, kind, least, most, threshold):
     """As generate_tsv.py chooses: each box's best score among classes in which it survives; so many of the best."""
-    extractor = load(files["caffe"], min_regions=least, max_regions=most, score_threshold=threshold)
-    pixels, scale = prepare(picture(), extractor.network.how)
-    every = extractor.network(pixels, scale[0])
-    candidates = every.boxes / scale[0]
+    extractor = load(files[kind], min_regions=least, max_regions=most, score_threshold=threshold)
+    seen = picture(size=(311, 103))
+    pixels, scale = prepare(seen, extractor.network.how)
+    every = extractor.network(pixels, min(scale))
+    candidates = every.boxes / torch.tensor([*scale, *scale])
     confidence = np.zeros(len(candidates), np.float32)
     for column in range(CLASSES):
-        kept = suppress(candidates, every.scores[:, column], 0.3, True).numpy()
+        kept = suppress(candidates, every.scores[:, column], 0.3, kind == "caffe").numpy()
         confidence[kept] = np.maximum(confidence[kept], every.scores[kept, column].numpy())
     rows = np.where(confidence >= threshold)[0]
     if len(rows) < least:
@@ -163,10 +165,10 @@ def test_the_choice_is_bottom_up_attentions(files, least, most, threshold):
     elif len(rows) > most:
         rows = np.argsort(-confidence, kind="stable")[:most]
     rows = rows[np.argsort(-confidence[rows], kind="stable")]
-    found = extractor(picture())
+    found = extractor(seen)
     np.testing.assert_array_equal(found.scores, confidence[rows])
     np.testing.assert_array_equal(found.features, every.features[rows].numpy().astype(np.float16))
-    size = np.array([220, 160, 220, 160], np.float32)
+    size = np.array([*seen.size, *seen.size], np.float32)
     np.testing.assert_array_equal(found.boxes, np.clip(candidates[rows].numpy() / size, 0, 1))
 
 

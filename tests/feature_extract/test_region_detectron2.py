@@ -43,7 +43,7 @@ class Instances:
 
 
 class Predictor(nn.Module):
-    """A stand-in for FastRCNNOutputLayers: scores a class a proposal, no suppression."""
+    """A stand-in for FastRCNNOutputLayers: scores a class a proposal, no suppression, and the last box has no size."""
 
     test_score_thresh, test_topk_per_image = 0.05, 100
 
@@ -61,7 +61,9 @@ class Predictor(nn.Module):
         scores, classes = predictions[0].softmax(1)[:, :-1].max(1)
         rows = scores.argsort(descending=True)
         rows = rows[scores[rows] > self.test_score_thresh][: self.test_topk_per_image]
-        boxes = SimpleNamespace(tensor=proposals[0][rows])
+        without_size = torch.tensor([[5.0, 5, 5, 9]])[: len(rows)]
+        boxes = SimpleNamespace(tensor=torch.cat([proposals[0][rows], without_size]))
+        rows = torch.cat([rows, rows[:1]])
         return [Instances(pred_boxes=boxes, scores=scores[rows], pred_classes=classes[rows])], [rows]
 
 
