@@ -23,8 +23,10 @@ import soundfile
 import soxr
 from PIL import Image, ImageChops
 
-from feature_extract.fetch import FetchError, fetch
+from feature_extract.fetch import FetchError, Patience, fetch
 
+PATIENCE = Patience(total=60.0, tries=3)
+"""With a URL of a corpus: a row that waits longer holds up its worker, and can be retried."""
 SAMPLE_RATE = 16_000
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is opened. Not every format Pillow knows: some run other programs (EPS)."""
@@ -127,7 +129,7 @@ def read_recording(source: Path | str, max_seconds: float = 300.0) -> np.ndarray
 def _content(source: Path | str) -> bytes:
     """The file's bytes. Raises MediaError."""
     try:
-        content = fetch(source, MAX_FILE_BYTES) if isinstance(source, str) else _file_content(source)
+        content = fetch(source, MAX_FILE_BYTES, PATIENCE) if isinstance(source, str) else _file_content(source)
     except FetchError as error:
         raise MediaError(str(error)) from error
     if not content:

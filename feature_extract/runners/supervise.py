@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from feature_extract.work import WorkItem
 from opt.config import RunAgain, UserError
+from opt.data.manifest import by_reason
 from opt.progress import Progress
 
 POLL_SECONDS = 0.1
@@ -68,7 +69,7 @@ class Tally:
 
     def add(self, reasons: Sequence[str]) -> None:
         """Count failures, given as "PART NUMBER: REASON (DETAILS)"."""
-        self.reasons.update(short(reason) for reason in reasons)
+        self.reasons += by_reason(reasons)
 
     def note(self) -> str:
         """For example `12 failed: 10 picture: missing file, 2 caption: empty`."""
@@ -88,12 +89,6 @@ class Tally:
                 f"stopped: more failures than --max-failures {limits.max_failures}\n{listed}\nMend them and run the "
                 "same command with --retry-failed, or go on with a larger --max-failures"
             )
-
-
-def short(reason: str) -> str:
-    """`recording 3: missing file (x)` as `recording: missing file`."""
-    part, _, what = reason.partition(": ")
-    return f"{part.split()[0]}: {what.partition(' (')[0]}"
 
 
 @dataclass
@@ -187,8 +182,7 @@ class Supervisor:
         given_up = {**post.work.given_up, post.row: reason} if reason else post.work.given_up
         self.todo.appendleft(dataclasses.replace(post.work, given_up=given_up, careful=True))
         self.bar.advance(-post.done)
-        self.tally.reasons.subtract(Counter(short(lost) for lost in post.reasons))
-        self.tally.reasons = +self.tally.reasons
+        self.tally.reasons -= by_reason(post.reasons)
         post.worker.kill()
         post.worker, post.work, post.since, post.done, post.reasons = self.hire(), None, 0.0, 0, []
 

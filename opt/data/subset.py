@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from opt.data.record import Record
 from opt.data.shards import ShardReader
+from opt.data.stored import StoredShard
 
 
 class Subset(ShardReader):
@@ -24,8 +24,8 @@ class Subset(ShardReader):
     def column(self, name: str) -> np.ndarray:
         return self.whole.column(name)[self.numbers]
 
-    def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
-        return self.whole._read(int(self.numbers[number]), jpeg)
+    def locate(self, number: int) -> tuple[StoredShard, np.void]:
+        return self.whole.locate(int(self.numbers[number]))
 
     def _headers(self) -> Iterator[tuple[np.void, dict[str, Any]]]:
         times = np.bincount(self.numbers, minlength=len(self.whole))

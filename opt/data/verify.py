@@ -184,7 +184,8 @@ def _summary(reader: ShardReader) -> Iterator[str]:
     )
     yield f"  features stored as {manifest.storage}"
     yield f"  {len(manifest.failures)} failures"
-    yield from (f"    {count:>8,}  {reason}" for reason, count in by_reason(manifest.failures).most_common(SHOWN))
+    kinds = by_reason(failure.reason for failure in manifest.failures)
+    yield from (f"    {count:>8,}  {reason}" for reason, count in kinds.most_common(SHOWN))
     yield from (f"    {failure.key}: {failure.reason}" for failure in manifest.failures[:SHOWN])
     if not len(reader):
         return

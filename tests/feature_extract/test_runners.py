@@ -1,9 +1,13 @@
 """Runners: whoever does the work and however it is cut off, the shards are the same; what hangs or dies is given up."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -168,6 +172,34 @@ def test_kills_at_any_moment_leave_the_same_shards(corpus, tmp_path, processes):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     keys = list(ShardReader(tmp_path / "out").keys())
     assert sorted(set(keys)) == [f"p{number}" for number in range(8)] and len(keys) == 9
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_kills_of_the_command_with_two_workers_leave_the_same_shards(corpus, tmp_path):
+    """As a user would: `opt extract` killed twenty times and run again, its workers left to notice."""
+
+    def command(out):
+        return [sys.executable, "-m", "opt", "extract", "localized_narratives", str(corpus), "--out", str(out),
+                "--shard-size", "1", "--workers", "2", "--device", "cpu"]
+
+    began = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), check=True)
+    seconds = time.monotonic() - began
+    rng = np.random.default_rng(1)
+    killed = 0
+    while killed < KILLS:
+        process = subprocess.Popen(command(tmp_path / "out"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(float(rng.uniform(0.3 * seconds, seconds)))
+        killed += process.returncode is None
+        process.kill()
+        process.wait()
+        if (tmp_path / "out" / "manifest.json").exists():
+            assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")
+    subprocess.run(command(tmp_path / "out"), check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
