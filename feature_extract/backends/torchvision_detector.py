@@ -85,14 +85,16 @@ class TorchvisionDetector:
     def _detections(self, scores_PC: Tensor, boxes_PC4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Proposal, class and score of each detection, best first: `RoIHeads.postprocess_detections` and its origin.
 
-        A box below the threshold suppresses none above it, so what fills up only follows what was found.
+        A box below the threshold suppresses none above it, so what fills up only follows what was found. Of equal
+        scores, usual below it, the first proposal's comes first.
         """
         heads = self.detector.roi_heads
         scores, boxes = scores_PC.reshape(-1), boxes_PC4.reshape(-1, 4)
         found = self._suppressed(torch.where(scores > heads.score_thresh)[0], scores, boxes)
+        found = found[: heads.detections_per_img]
         if len(found) < self.settings.min_regions:
-            every = torch.arange(len(scores), device=scores.device)
-            found = self._suppressed(every, scores, boxes)[: self.settings.min_regions]
+            every = self._suppressed(torch.arange(len(scores), device=scores.device), scores, boxes).sort().values
+            found = every[scores[every].argsort(descending=True, stable=True)][: self.settings.min_regions]
         return found // scores_PC.shape[1], found % scores_PC.shape[1], scores[found]
 
     def _suppressed(self, kept: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class TorchvisionDetector:
         heads = self.detector.roi_heads
         kept = kept[remove_small_boxes(boxes[kept], min_size=1e-2)]
         labels = kept % len(self.classes) + 1
-        return kept[batched_nms(boxes[kept], scores[kept], labels, heads.nms_thresh)[: heads.detections_per_img]]
+        return kept[batched_nms(boxes[kept], scores[kept], labels, heads.nms_thresh)]
 
     def describe(self) -> dict[str, Any]:
         """Backend, weights, their SHA-256, settings."""

@@ -118,6 +118,22 @@ def test_the_best_region_is_kept_when_all_are_below_the_threshold(checkpoint, pi
     np.testing.assert_array_equal(best.features, every.features[:1])
 
 
+def test_of_equal_scores_the_first_proposals_is_kept():
+    """The embedded detector sees the same in many places of a picture of one colour."""
+    extractor, seen = torchvision_detector.load("tiny", RegionSettings(), "cpu"), {}
+    heads = extractor.detector.roi_heads
+    heads.box_predictor.register_forward_hook(lambda *call: seen.update(features=call[1][0], logits=call[2][0]))
+    ties = 0
+    for red, green, blue in np.random.default_rng(0).integers(256, size=(12, 3)).tolist():
+        found = extractor(Image.new("RGB", (128, 128), (red, green, blue)))
+        probabilities_PC = seen["logits"].softmax(-1)[:, 1:]
+        ties += int((probabilities_PC == probabilities_PC.max()).sum() > 1)
+        row, column = divmod(int(probabilities_PC.flatten().argmax()), len(extractor.classes))
+        assert found.classes.tolist() == [column]
+        np.testing.assert_array_equal(found.features[0], seen["features"][row].numpy().astype(np.float16))
+    assert ties
+
+
 def test_the_best_fill_up_below_the_threshold(checkpoint, picture):
     every = load(checkpoint, score_threshold=0.0)(picture)
     above = 1 + int(np.diff(every.scores[:20]).argmin())  # the widest gap: random scores lie close together
