@@ -1,6 +1,6 @@
 """`opt extract`: a corpus of pictures, captions and recordings to a folder of shards.
 
-    source --plan--> rows --work--> work items, one a shard --runner--> shards and receipts --commit--> manifest.json, last
+    source --plan--> rows --> work items, one a shard --runner--> shards and receipts --commit--> manifest.json, last
 
 The same command again goes on where it stopped: a shard with a receipt is done. Which rows make a shard is fixed by the
 plan, so a row that fails leaves its neighbours where they are.
@@ -52,8 +52,8 @@ class ExtractConfig(Generic[AnySource]):
     """What to extract, with which networks, and where to."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """Which layout the corpus has: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). Name it before
-    --help to see its own options."""
+    """Which layout the corpus has: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). With
+    --help, it shows its own options, too."""
     source: tyro.conf.OmitArgPrefixes[AnySource]
     out: Path
     """Folder of the shards; made when absent."""
