@@ -62,14 +62,18 @@ def load_extractors(manifest: Manifest, device: str = "cpu") -> Extractors:
 
 
 def reopen(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
-    """Extractors from `Extractors.describe`, their weights compared with what it says."""
+    """Extractors from `Extractors.describe`; UserError where they would describe themselves otherwise now."""
     extractors = _build(descriptions, device)
     for kind, now in extractors.describe().items():
-        if now["weights_sha256"] != (then := descriptions[kind]["weights_sha256"]):
+        then = descriptions[kind]
+        if now["weights_sha256"] != then["weights_sha256"]:
             raise UserError(
                 f"{kind}: the weights {now['weights']!r} are not those that made the shards (SHA-256 "
-                f"{now['weights_sha256'][:12]}, then {then[:12]}); put those back, or extract again"
+                f"{now['weights_sha256'][:12]}, then {then['weights_sha256'][:12]}); put those back, or extract again"
             )
+        if differ := [name for name in now if now[name] != then.get(name)]:
+            raise UserError(f"{kind}: {differ[0]} is {now[differ[0]]}, the shards were made with {then.get(differ[0])} "
+                            "by another version; install that one, or extract again")
     return extractors
 
 
