@@ -36,6 +36,16 @@ def test_every_command_runs_and_ends_in_a_report(workshop: Path) -> None:
     assert (workshop / "runs/first/summary.json").exists()
 
 
+def test_commands_that_need_the_network_or_your_files_have_options_that_exist() -> None:
+    lines = "".join(blocks("console")).strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line)[3:]
+        name = " ".join(words[:2]) if " ".join(words[:2]) in cli.VERBS else words[0]
+        config = cli._parse(cli._function(cli.VERBS[name]), f"opt {name}", words[len(name.split()) :])
+        assert config.out
+
+
 def test_the_python_example_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(workshop)
