@@ -38,6 +38,7 @@ def share(environment: Mapping[str, str]) -> Share:
 
 def _number(environment: Mapping[str, str], name: str, otherwise: str = "") -> int:
     text = environment.get(name, otherwise)
-    if not text.strip().lstrip("-").isdigit():
-        raise UserError(f"--runner static: {name} is {text!r}, not a number")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--runner static: {name} is {text!r}, not a number") from error

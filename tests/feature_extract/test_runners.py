@@ -110,7 +110,7 @@ def test_a_share_is_told_by_the_environment(environment, found):
 @pytest.mark.parametrize(
     "environment",
     [{}, {"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"},
-     {"RANK": "-1", "WORLD_SIZE": "2"}],
+     {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "--1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "²"}],
 )
 def test_a_share_that_makes_no_sense_is_refused(environment):
     with pytest.raises(UserError, match="--runner static"):
