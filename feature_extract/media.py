@@ -57,6 +57,7 @@ TURNS = {
 """What sets a picture of each orientation upright (EXIF 2.3, section 4.6.4)."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked before decoding
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # damaged EXIF: the picture is read as it lies
 
 
 class MediaError(Exception):

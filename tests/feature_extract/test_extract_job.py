@@ -1,7 +1,6 @@
 """`opt extract` as a whole: what is written, what is lost and said so, what a stop and a changed setting do."""
 
 import json
-import multiprocessing
 import tarfile
 
 import numpy as np
@@ -117,13 +116,6 @@ def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
     extract(config(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == kept
-
-
-def test_processes_write_the_same_bytes(corpus, tmp_path):
-    extract(config(corpus, tmp_path / "one"))
-    extract(config(corpus, tmp_path / "two", workers=2))
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
