@@ -31,10 +31,15 @@ def open_atomic(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and (error.filename == str(temporary) or _is_full(error)):
             raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
         raise
     sync_folder(path.parent)
+
+
+def _is_full(error: OSError) -> bool:
+    """No room to write: the error names no file, for it is about an open one."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

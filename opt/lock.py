@@ -15,13 +15,16 @@ from opt.config import UserError
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of the folder, and remove what a killed one left unfinished in it.
+    """Keep other jobs out of the folder, and remove what a killed one, or a killed worker, left unfinished in it.
 
     Raises UserError when another job holds it.
     """
     with _locked(folder, fcntl.LOCK_EX):
         remove_unfinished(folder)
-        yield
+        try:
+            yield
+        finally:
+            remove_unfinished(folder)
 
 
 @contextmanager
