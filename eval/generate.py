@@ -25,8 +25,8 @@ from eval.image_generation import save_picture
 from eval.task import in_batches, tiny_networks
 from feature_extract.assemble import make_record, read_media
 from feature_extract.extractors import Extractors, reopen
-from feature_extract.work import one_thread
 from feature_extract.sources.item import Item, NarrationItem
+from feature_extract.work import one_thread
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample

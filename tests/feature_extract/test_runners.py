@@ -19,11 +19,13 @@ from jobs import config, contents
 from feature_extract.job import extract
 from feature_extract.runners import local
 from feature_extract.runners.static import Share, share
-from feature_extract.runners.supervise import Tally
+from feature_extract.runners.supervise import Event, Limits, Supervisor, Tally
+from feature_extract.work import WorkItem
 from opt.config import UserError
 from opt.data.manifest import read_manifest
 from opt.data.shards import ShardReader
 from opt.data.stored import StoredShard
+from opt.progress import progress
 
 KILLS = 20
 
@@ -128,6 +130,35 @@ def test_what_hangs_and_what_crashes_is_given_up(corpus, tmp_path, whole, monkey
     monkeypatch.undo()
     extract(config(corpus, tmp_path / "out", workers=2, retry_failed=True))
     assert contents(tmp_path / "out") == whole
+
+
+class SlowDisk:
+    """A worker whose rows take no time, and whose shards take long to be written."""
+
+    def __init__(self):
+        self.events, self.written = [], 0.0
+
+    def give(self, work):
+        self.events = [Event("ready"), *(Event("row", row) for row in range(work.start, work.stop))]
+        self.written = time.monotonic() + 0.3
+
+    def hear(self):
+        said, self.events = self.events, []
+        return said if said or time.monotonic() < self.written else [Event("shard")]
+
+    def ended(self):
+        return ""
+
+    def kill(self):
+        """Nothing to end."""
+
+
+def test_the_clock_of_a_row_does_not_run_while_the_shard_is_written():
+    hired = []
+    with progress("extract") as bar:
+        supervisor = Supervisor(lambda: hired.append(SlowDisk()) or hired[-1], 1, Limits(0.1, None), Tally(), bar)
+        supervisor.run([WorkItem("00000", 0, 3)])
+    assert len(hired) == 1 and bar.done == 3
 
 
 def test_a_worker_killed_by_chance_costs_nothing(corpus, tmp_path, whole):
@@ -253,7 +284,7 @@ def test_the_tally_says_what_fails_most():
 
 
 def test_a_full_disk_is_a_clear_error_and_costs_only_the_shard(corpus, tmp_path, whole, monkeypatch):
-    """Writes fail as on a full disk from the second shard on; the folder stays in order and the job can go on."""
+    """Writes fail as on a full disk after a while; the folder stays in order and the job can go on."""
     import opt.files
 
     fsync, calls = os.fsync, []
@@ -265,7 +296,7 @@ def test_a_full_disk_is_a_clear_error_and_costs_only_the_shard(corpus, tmp_path,
         fsync(descriptor)
 
     monkeypatch.setattr(opt.files.os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*00001\.(tar|npy|json)'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*0000\d\.(tar|npy|json)'"):
         extract(config(corpus, tmp_path / "out"))
     monkeypatch.undo()
     assert not list((tmp_path / "out").glob(".*.tmp"))
