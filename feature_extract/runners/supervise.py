@@ -9,6 +9,7 @@ without it, and it stands among the failures. Nothing else is ever lost: a shard
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -93,7 +94,7 @@ class Tally:
 
 @dataclass
 class _Post:
-    """A worker at its work item; `row` is the one in hand, since `since`."""
+    """A worker at its work item; `row` is the one in hand, since `since` (infinity: all rows are done)."""
 
     worker: Worker
     work: WorkItem | None = None
@@ -155,7 +156,8 @@ class Supervisor:
         if event.kind == "ready":  # the networks are open: from here on the clock of a row runs
             post.row, post.since = post.work.start, now
         elif event.kind == "row":
-            post.row, post.since = event.row + 1, now
+            post.row = event.row + 1
+            post.since = now if post.row < post.work.stop else math.inf  # writing the shard is no row's fault
             post.done += 1
             post.reasons += event.reasons
             self.tally.add(event.reasons)
