@@ -119,6 +119,11 @@ def test_a_share_that_makes_no_sense_is_refused(environment):
         share(environment)
 
 
+def test_workers_go_round_the_gpus():
+    assert [local.device_of(number, "cuda", 2) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert local.device_of(1, "cuda:0", 2) == "cuda:0" and local.device_of(1, "cpu", 0) == "cpu"
+
+
 def test_what_hangs_and_what_crashes_is_given_up(corpus, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(local, "work_until_killed", evil_worker.run_worker)
     extract(config(corpus, tmp_path / "out", workers=2, row_seconds=3.0))
@@ -136,7 +141,7 @@ class SlowDisk:
     """A worker whose rows take no time, and whose shards take long to be written."""
 
     def __init__(self):
-        self.events, self.written = [], 0.0
+        self.events, self.written = [], float("inf")
 
     def give(self, work):
         self.events = [Event("ready"), *(Event("row", row) for row in range(work.start, work.stop))]
