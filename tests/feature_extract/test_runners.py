@@ -161,7 +161,7 @@ class SlowDisk:
 def test_the_clock_of_a_row_does_not_run_while_the_shard_is_written():
     hired = []
     with progress("extract") as bar:
-        supervisor = Supervisor(lambda: hired.append(SlowDisk()) or hired[-1], 1, Limits(0.1, None), Tally(), bar)
+        supervisor = Supervisor(lambda *_: hired.append(SlowDisk()) or hired[-1], 1, Limits(0.1, None), Tally(), bar)
         supervisor.run([WorkItem("00000", 0, 3)])
     assert len(hired) == 1 and bar.done == 3
 
