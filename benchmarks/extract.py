@@ -136,7 +136,7 @@ def job_rate(folder: Path, source: Source, extractors: Extractors, shard: int) -
     setup = Setup(folder / "out", plan, source.root, extractors.describe(), "cpu", True, False)
     work = [WorkItem(f"{start:05d}", start, min(start + shard, plan.size)) for start in range(0, plan.size, shard)]
     clock: Any = Clock()
-    Supervisor(lambda: LocalWorker(setup), WORKERS, Limits(600, None), Tally(), clock).run(work)
+    Supervisor(lambda number: LocalWorker(setup, number), WORKERS, Limits(600, None), Tally(), clock).run(work)
     return clock.rate()
 
 

@@ -176,9 +176,9 @@ def run(config: ExtractConfig, job: Job, setup: Setup, extractors: Extractors, b
         run_here(job.todo, setup, extractors, limits, job.tally, bar)
     elif config.runner == "ray":
         with cluster(config.workers):
-            Supervisor(lambda: RayWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
+            Supervisor(lambda number: RayWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
     else:
-        Supervisor(lambda: LocalWorker(setup), config.workers, limits, job.tally, bar).run(job.todo)
+        Supervisor(lambda number: LocalWorker(setup, number), config.workers, limits, job.tally, bar).run(job.todo)
 
 
 def names() -> list[str]:

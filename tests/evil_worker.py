@@ -16,7 +16,7 @@ from opt.config import RunAgain
 HANGS, CRASHES = "p3", "p5"
 
 
-def run_worker(setup, ours) -> None:
+def run_worker(setup, number, ours) -> None:
     """A worker whose reading never ends at one key, and which dies at another."""
     read = work.read_media
 
@@ -28,7 +28,7 @@ def run_worker(setup, ours) -> None:
         return read(item, *given)
 
     work.read_media = read_media
-    local.work_until_killed(setup, ours)
+    local.work_until_killed(setup, number, ours)
 
 
 def run_job(config) -> None:

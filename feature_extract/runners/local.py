@@ -29,11 +29,11 @@ PRELOADED = [
 class LocalWorker:
     """A process and the two ends of what is said between us."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, number: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.ours, theirs = context.Pipe()
-        self.process = context.Process(target=work_until_killed, args=(setup, theirs), daemon=True)
+        self.process = context.Process(target=work_until_killed, args=(setup, number, theirs), daemon=True)
         with signals_ignored():  # by the process: a Ctrl-C or a SIGTERM is for this one to handle
             self.process.start()
         theirs.close()
@@ -66,13 +66,19 @@ class LocalWorker:
         self.ours.close()
 
 
-def work_until_killed(setup: Setup, ours: Connection) -> None:
-    """The life of a worker: networks, then one work item after the other."""
+def work_until_killed(setup: Setup, number: int, ours: Connection) -> None:
+    """The life of worker `number`: networks, then one work item after the other."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    networks = functools.cache(lambda: reopen(setup.extractors, setup.device))
+    device = device_of(number, setup.device, torch.cuda.device_count())
+    networks = functools.cache(lambda: reopen(setup.extractors, device))
     while True:
         do(ours.recv(), networks, setup, lambda event: ours.send(event))
+
+
+def device_of(number: int, device: str, gpus: int) -> str:
+    """Where worker `number` runs: workers go round the GPUs when all of them may be used."""
+    return f"cuda:{number % gpus}" if device == "cuda" and gpus else device
 
 
 def do(work: WorkItem, networks: Callable[[], Extractors], setup: Setup, say: Callable[[Event], None]) -> None:

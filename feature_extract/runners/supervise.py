@@ -96,6 +96,7 @@ class Tally:
 class _Post:
     """A worker at its work item; `row` is the one in hand, since `since` (infinity: all rows are done)."""
 
+    number: int
     worker: Worker
     work: WorkItem | None = None
     row: int = -1
@@ -105,9 +106,9 @@ class _Post:
 
 
 class Supervisor:
-    """Gives work to `count` workers made by `hire`, and watches them. One use: `run`."""
+    """Gives work to `count` workers, made by `hire(number)`, and watches them. One use: `run`."""
 
-    def __init__(self, hire: Callable[[], Worker], count: int, limits: Limits, tally: Tally, bar: Progress) -> None:
+    def __init__(self, hire: Callable[[int], Worker], count: int, limits: Limits, tally: Tally, bar: Progress) -> None:
         self.hire, self.count, self.limits, self.tally, self.bar = hire, count, limits, tally, bar
         self.crashes: Counter[int] = Counter()
         """Row -> how often a worker ended at it."""
@@ -115,7 +116,7 @@ class Supervisor:
     def run(self, todo: Sequence[WorkItem]) -> None:
         """Do all work items. Raises RunAgain when asked to stop before, UserError for an error of the user's."""
         self.todo = deque(todo)
-        self.posts = [_Post(self.hire()) for _ in range(min(self.count, len(todo)))]
+        self.posts = [_Post(number, self.hire(number)) for number in range(min(self.count, len(todo)))]
         try:
             with stop_requests() as stop:
                 while self._working(stop.is_set()):
@@ -142,7 +143,7 @@ class Supervisor:
         elif ended and post.work is not None:
             self._crashed(post, ended)
         elif ended:
-            post.worker = self.hire()
+            post.worker = self.hire(post.number)
         if post.work is None and self.todo and not stopping:
             post.work = self.todo.popleft()
             post.worker.give(post.work)
@@ -186,7 +187,7 @@ class Supervisor:
         self.bar.advance(-post.done)
         self.tally.reasons -= by_reason(post.reasons)
         post.worker.kill()
-        post.worker, post.work, post.since, post.done, post.reasons = self.hire(), None, 0.0, 0, []
+        post.worker, post.work, post.since, post.done, post.reasons = self.hire(post.number), None, 0.0, 0, []
 
 
 @contextmanager
