@@ -174,7 +174,9 @@ class Supervisor:
                             "memory ran out")
         assert post.work is not None
         self.crashes[post.row] += 1
-        if post.work.careful and self.crashes[post.row] >= CRASHES:
+        if post.row >= post.work.stop and self.crashes[post.row] > CRASHES:
+            raise UserError(f"workers end while they write shard {post.work.name} ({how}); is there memory and room?")
+        if post.work.careful and post.row < post.work.stop and self.crashes[post.row] >= CRASHES:
             self._again(post, f"ended its worker process ({how})")
         else:
             self._again(post, "")
