@@ -9,7 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import torch
@@ -40,7 +40,8 @@ class LocalWorker:
 
     def give(self, work: WorkItem) -> None:
         """Let it begin."""
-        self.ours.send(work)
+        with suppress(ConnectionError):  # it has ended: `ended` says so
+            self.ours.send(work)
 
     def hear(self) -> list[Event]:
         """What it has said since the last call."""

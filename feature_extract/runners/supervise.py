@@ -165,18 +165,18 @@ class Supervisor:
             self.bar.advance(1, self.tally.note())
             self.tally.check(self.limits)
         elif event.kind == "shard":
-            post.work, post.since, post.done, post.reasons = None, 0.0, 0, []
+            post.work, post.row, post.since, post.done, post.reasons = None, -1, 0.0, 0, []
 
     def _crashed(self, post: _Post, how: str) -> None:
         """A worker has ended: once may be chance or want of memory, twice at one row is the row."""
-        if not post.since:
+        if not post.since and self.crashes[post.row] >= CRASHES:
             raise UserError(f"a worker could not begin ({how}); run the same command again, with fewer --workers if "
                             "memory ran out")
         assert post.work is not None
         self.crashes[post.row] += 1
         if post.row >= post.work.stop and self.crashes[post.row] > CRASHES:
             raise UserError(f"workers end while they write shard {post.work.name} ({how}); is there memory and room?")
-        if post.work.careful and post.row < post.work.stop and self.crashes[post.row] >= CRASHES:
+        if post.since and post.work.careful and post.row < post.work.stop and self.crashes[post.row] >= CRASHES:
             self._again(post, f"ended its worker process ({how})")
         else:
             self._again(post, "")
@@ -189,7 +189,8 @@ class Supervisor:
         self.bar.advance(-post.done)
         self.tally.reasons -= by_reason(post.reasons)
         post.worker.kill()
-        post.worker, post.work, post.since, post.done, post.reasons = self.hire(post.number), None, 0.0, 0, []
+        post.worker, post.work, post.row = self.hire(post.number), None, -1
+        post.since, post.done, post.reasons = 0.0, 0, []
 
 
 @contextmanager

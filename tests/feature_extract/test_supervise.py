@@ -58,8 +58,8 @@ def told(monkeypatch):
 
 
 def run(workers: int = 2, row_seconds: float = 60.0) -> tuple[int, Tally]:
-    bar, tally = Bar(), Tally()
-    Supervisor(Told, workers, Limits(row_seconds, None), tally, bar).run([WorkItem("00000", 0, 4), WorkItem("00001", 4, 8)])
+    bar, tally, todo = Bar(), Tally(), [WorkItem("00000", 0, 4), WorkItem("00001", 4, 8)]
+    Supervisor(Told, workers, Limits(row_seconds, None), tally, bar).run(todo)
     return bar.done, tally
 
 
