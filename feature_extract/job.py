@@ -34,7 +34,7 @@ from feature_extract.runners.here import run_here
 from feature_extract.runners.local import LocalWorker
 from feature_extract.runners.ray_cluster import RayWorker, cluster
 from feature_extract.runners.static import Share, share
-from feature_extract.runners.supervise import Limits, Supervisor, Tally
+from feature_extract.runners.supervise import Limits, Supervisor, Tally, stop_at_once
 from feature_extract.work import Setup, WorkItem
 from opt.config import UserError
 from opt.data.manifest import MANIFEST, read_receipt, shard_name
@@ -119,7 +119,7 @@ def extract(config: ExtractConfig) -> None:
     if config.dry_run:
         _tell(config, device)
         return
-    with together(config.out) if config.runner == "static" else alone(config.out):
+    with stop_at_once(), together(config.out) if config.runner == "static" else alone(config.out):
         extractors = _open(config, device)
         descriptions = extractors.describe()
         with in_turn(config.out):

@@ -194,6 +194,29 @@ class Supervisor:
 
 
 @contextmanager
+def stop_at_once() -> Iterator[None]:
+    """SIGTERM raises RunAgain out of the block: for what comes before the work and after it, with no shard in hand."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        asked.set()
+        raise KeyboardInterrupt  # which, unlike RunAgain, no `except Exception` on the way takes for its own
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not asked.is_set():
+            raise
+        raise RunAgain("stopped as asked, with no shard in hand") from interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def stop_requests() -> Iterator[threading.Event]:
     """An event that SIGTERM sets: finish what is in hand. A second SIGTERM is as Ctrl-C, which stops at once."""
     asked = threading.Event()

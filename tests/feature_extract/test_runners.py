@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from jobs import config, contents
 
+from feature_extract import job
 from feature_extract.job import extract
 from feature_extract.runners import local
 from feature_extract.runners.static import Share, share
 from feature_extract.runners.supervise import Event, Limits, Supervisor, Tally
 from feature_extract.work import WorkItem
-from opt.config import UserError
+from opt.config import RunAgain, UserError
 from opt.data.manifest import read_manifest
 from opt.data.shards import ShardReader
 from opt.data.stored import StoredShard
@@ -250,6 +251,16 @@ def test_sigterm_finishes_the_shard_in_hand(corpus, tmp_path, whole, processes):
     assert process.exitcode == os.EX_TEMPFAIL
     assert (tmp_path / "out" / "00000.json").exists() and not (tmp_path / "out" / "00002.json").exists()
     extract(job)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("moment", ["_open", "open_plan", "_forecast", "commit"])
+def test_sigterm_before_and_after_the_work_asks_to_be_run_again(corpus, tmp_path, whole, monkeypatch, moment):
+    monkeypatch.setattr(job, moment, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunAgain):
+        extract(config(corpus, tmp_path / "out"))
+    monkeypatch.undo()
+    extract(config(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == whole
 
 
