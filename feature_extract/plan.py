@@ -53,7 +53,7 @@ class Plan:
     sha256: str
 
     def rows(self, start: int, stop: int) -> list[Row]:
-        """Rows start..stop-1 of the plan. Raises UserError when the file is damaged."""
+        """Rows start..stop-1 of the plan, all of which it has. Raises UserError when the file is damaged."""
         query = """SELECT places.place, told.content FROM places JOIN told AS first ON first.number = places.number
                    JOIN told ON told.belongs = first.belongs
                    WHERE places.place BETWEEN ? AND ? ORDER BY places.place, told.number"""
@@ -62,9 +62,11 @@ class Plan:
             with contextlib.closing(_open(self.path)) as database:
                 for place, content in database.execute(query, (start, stop - 1)):
                     groups.setdefault(place, []).append(content)
-        except sqlite3.Error as error:
+            if len(groups) != stop - start:
+                raise ValueError(f"{len(groups)} rows where {stop - start} were")
+            return [_joined([_decode(content) for content in contents]) for contents in groups.values()]
+        except (sqlite3.Error, ValueError) as error:
             raise UserError(f"{self.path} is damaged ({error}): delete it and run the same command again") from error
-        return [_joined([_decode(content) for content in contents]) for contents in groups.values()]
 
 
 def open_plan(source: Source, name: str, out: Path, agree: Callable[[str], None]) -> Plan:

@@ -1,7 +1,9 @@
 """The plan: rows of one key come together, paths stay inside, many rows cost little, a second look costs nothing."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -107,6 +109,17 @@ def test_a_damaged_plan_is_made_again(tmp_path):
     before = planned(tmp_path, Item("a", ("a.jpg",)))
     (tmp_path / NAME).write_bytes(b"not a database" * 1000)
     assert planned(tmp_path, Item("a", ("a.jpg",))) == before
+
+
+@pytest.mark.parametrize("damage", ["DELETE FROM told WHERE number = 1", "UPDATE told SET content = '{'"])
+def test_a_plan_without_its_rows_is_damaged(tmp_path, damage):
+    (tmp_path / "rows.json").write_text("x")
+    source = Listed(tmp_path, "train", (Item("a", ("a.jpg",)), Item("b", ("b.jpg",))))
+    plan = open_plan(source, "listed", tmp_path, lambda sha256: None)
+    with contextlib.closing(sqlite3.connect(tmp_path / NAME)) as database, database:
+        database.execute(damage)
+    with pytest.raises(UserError, match="is damaged .* delete it"):
+        plan.rows(0, plan.size)
 
 
 def test_a_split_of_bad_rows_only_is_a_clear_error(tmp_path):
