@@ -45,6 +45,6 @@ def _words(name: str, value: Any) -> str:
     if name == "rows_sha256":
         return f"a source whose rows have the SHA-256 {str(value)[:12]}"
     if isinstance(value, dict):
-        value = ":".join(filter(None, (value["backend"], value.get("weights")))) + (
-            f" (SHA-256 {value['weights_sha256'][:12]})" if "weights_sha256" in value else "")
+        value = ":".join(str(value[name]) for name in ("backend", "weights") if name in value) + (
+            f" (SHA-256 {str(value['weights_sha256'])[:12]})" if "weights_sha256" in value else "")
     return f"--{name.replace('_', '-')} {value}"

@@ -191,6 +191,15 @@ def test_damaged_settings_are_a_clear_error(corpus, tmp_path, content):
         extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none"))
 
 
+@pytest.mark.parametrize("about", [{}, {"backend": 1, "weights_sha256": "x"}, None, []])
+def test_settings_of_another_form_are_other_settings(corpus, tmp_path, about):
+    extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
+    path = tmp_path / "out" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"regions": about}))
+    with pytest.raises(UserError, match="was begun with --regions"):
+        extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
+
+
 def test_captions_that_are_too_long_are_failures_of_their_record(corpus, tmp_path):
     path = corpus / "train_localized_narratives.jsonl"
     path.write_text(path.read_text().replace("Telling 5 of picture 5.", "word " * 70_000))
