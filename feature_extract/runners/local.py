@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from tempfile import gettempdir
 
 import torch
 
@@ -35,7 +36,11 @@ class LocalWorker:
         self.ours, theirs = context.Pipe()
         self.process = context.Process(target=work_until_killed, args=(setup, number, theirs), daemon=True)
         with signals_ignored():  # by the process: a Ctrl-C or a SIGTERM is for this one to handle
-            self.process.start()
+            try:
+                self.process.start()
+            except OSError as error:  # of the socket in TMPDIR, or of a limit on processes or open files
+                raise UserError(f"--workers: a process could not be started ({error}); is TMPDIR, {gettempdir()}, a "
+                                "short path with room, and are `ulimit -n` and `-u` large enough?") from error
         theirs.close()
 
     def give(self, work: WorkItem) -> None:

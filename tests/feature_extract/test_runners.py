@@ -71,6 +71,12 @@ def test_processes_write_the_same_bytes(corpus, tmp_path, whole, workers):
     assert not multiprocessing.active_children()
 
 
+def test_a_process_that_cannot_be_started_is_a_clear_error(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", lambda _: os.close(-1))
+    with pytest.raises(UserError, match="--workers: a process could not be started.*TMPDIR"):
+        extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none", workers=1))
+
+
 def test_shares_write_the_same_bytes(corpus, tmp_path, whole, processes):
     job = config(corpus, tmp_path / "out", runner="static")
     ranks = [processes.Process(target=evil_worker.run_rank, args=(rank, 2, job)) for rank in range(2)]
