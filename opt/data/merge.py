@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from opt.config import UserError
 from opt.data.derive import Part, claim, copy_parts
-from opt.data.manifest import Manifest, by_reason, shard_name
+from opt.data.manifest import Manifest, shard_name
 from opt.data.shards import ShardReader
 from opt.lock import alone
 
@@ -51,7 +51,7 @@ def merge(config: MergeConfig) -> None:
     with alone(config.out):
         claim(config.out, {"source": "opt shards merge", "folders": [reader.fingerprint for reader in readers]})
         manifest = copy_parts(config.out, parts, readers[0].manifest, "merge")
-    left_out = by_reason(failure.reason for failure in manifest.failures)[REPEATED]
+    left_out = sum(len(part.dropped) for part in parts)
     print(
         f"{config.out}: {manifest.records:,} records, {manifest.samples:,} samples in {len(manifest.shards)} shards "
         f"from {len(readers)} folders; {left_out:,} left out, their keys being repeated"

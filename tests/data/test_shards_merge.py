@@ -50,6 +50,14 @@ def test_the_first_folder_that_has_a_key_is_named(tmp_path: Path) -> None:
     assert {key: reason.split("/")[-1] for key, reason in firsts.items()} == {"b": "one)", "c": "two)", "a": "one)"}
 
 
+def test_a_merge_of_a_merge_counts_what_it_left_out_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, keys in (("one", "ab"), ("two", "bc"), ("three", "cd")):
+        write_folder(tmp_path / name, [[full_record(key, 0)] for key in keys])
+    merge(MergeConfig(tmp_path / "both", (tmp_path / "one", tmp_path / "two")))
+    merge(MergeConfig(tmp_path / "out", (tmp_path / "both", tmp_path / "three")))
+    assert capsys.readouterr().out.count("; 1 left out, their keys being repeated\n") == 2
+
+
 def test_failures_of_the_folders_are_kept(tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_folder(tmp_path / name, [[full_record(name, 0)]])
