@@ -27,7 +27,7 @@ from opt.data.near_copies import HASHES, find_copies, picture_hash
 from opt.data.shards import ShardReader
 from opt.data.stored import StoredShard
 from opt.files import write_atomic
-from opt.lock import alone
+from opt.lock import alone, remove_unfinished
 from opt.progress import progress
 
 FOLDER_OF_HASHES = "hashes"
@@ -133,6 +133,8 @@ def _check(config: DedupConfig) -> None:
     """Raises UserError for values out of range and folders that are read and written."""
     if not 0 <= config.distance <= 20:
         raise UserError(f"--distance {config.distance}: must be 0 to 20; different pictures are 32 bits apart")
+    if not config.against:
+        raise UserError("--against names no folder; give those whose pictures are to be kept out")
     if config.workers < 1:
         raise UserError(f"--workers {config.workers}: must be at least 1")
     if config.out.resolve() in [folder.resolve() for folder in (config.folder, *config.against)]:
@@ -144,6 +146,7 @@ def _hash_all(config: DedupConfig, readers: Sequence[ShardReader]) -> None:
     shards = {receipt.sha256: (reader.folder, receipt) for reader in readers for receipt in reader.manifest.shards}
     todo = [shard for shard in shards.values() if not _hashes_path(config.out, shard[1]).exists()]
     (config.out / FOLDER_OF_HASHES).mkdir(exist_ok=True)
+    remove_unfinished(config.out / FOLDER_OF_HASHES)
     total = sum(receipt.records for _, receipt in shards.values())
     done = total - sum(receipt.records for _, receipt in todo)
     with progress("hash pictures", total=total, done=done, unit="records") as bar:
@@ -163,7 +166,11 @@ def _hash_to_file(out: Path, shard: tuple[Path, Receipt]) -> int:
 
 
 def _read_hashes(out: Path, receipt: Receipt) -> np.ndarray:
-    return np.load(_hashes_path(out, receipt), allow_pickle=False)
+    path = _hashes_path(out, receipt)
+    try:
+        return np.load(path, allow_pickle=False).astype(HASHES, casting="no", copy=False)
+    except (ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
 
 
 def _hashes_path(out: Path, receipt: Receipt) -> Path:

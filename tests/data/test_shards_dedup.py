@@ -135,9 +135,27 @@ def test_values_out_of_range_are_a_sentence(tmp_path: Path) -> None:
     config = DedupConfig(tmp_path / "train", (tmp_path / "train",), tmp_path / "out")
     for change, message in (({}, "is one of those"), ({"distance": 21}, "--distance 21"), ({"workers": 0}, "--workers"),
                             ({"out": tmp_path / "train"}, "one of the folders that are read"),
-                            ({"against": ()}, "hold no picture")):  # fmt: skip
+                            ({"against": ()}, "--against names no folder")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             dedup(dataclasses.replace(config, **change))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no hashes", encoded(large(0))])
+def test_hashes_that_are_damaged_or_unfinished(tmp_path: Path, content: bytes) -> None:
+    write_folder(tmp_path / "train", [[shows("k", OTHERS["other0"])]])
+    write_folder(tmp_path / "test", [TESTS])
+    config = DedupConfig(tmp_path / "train", (tmp_path / "test",), tmp_path / "out")
+    dedup(config)
+    hashes = tmp_path / "out" / "hashes"
+    first = sorted(hashes.iterdir())[0]
+    first.write_bytes(content)
+    (hashes / f".{first.name}.0123abcd.tmp").write_bytes(b"left by a kill")
+    with pytest.raises(UserError, match="is damaged .* delete it"):
+        dedup(config)
+    assert not list(hashes.glob(".*"))
+    first.unlink()
+    dedup(config)
 
 
 def test_the_search_finds_what_a_plain_loop_finds(monkeypatch: pytest.MonkeyPatch) -> None:
