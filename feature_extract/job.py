@@ -133,12 +133,13 @@ def extract(config: ExtractConfig) -> None:
             (config.out / MANIFEST).unlink(missing_ok=True)
             with progress(f"extract {config.source.split}", job.rows, job.rows_done, "rows") as bar:
                 run(config, job, setup, extractors, bar)
-        left = [item.name for item in job.work if read_receipt(config.out, item.name) is None]
-        if left:
-            print(f"{config.out}: share {mine.rank} of {mine.world} is done; {len(left)} of {len(job.work)} shards are "
-                  "with the other shares, whose last one writes the manifest")
-            return
-        manifest = commit(config.out, [item.name for item in job.work], extractors, descriptions)
+        with in_turn(config.out):  # two shares that end together would remove each other's unfinished files
+            left = [item.name for item in job.work if read_receipt(config.out, item.name) is None]
+            if left:
+                print(f"{config.out}: share {mine.rank} of {mine.world} is done; {len(left)} of {len(job.work)} shards "
+                      "are with the other shares, whose last one writes the manifest")
+                return
+            manifest = commit(config.out, [item.name for item in job.work], extractors, descriptions)
     print(summary(config.out, manifest, job.done))
 
 
@@ -196,6 +197,8 @@ def _check(config: ExtractConfig) -> None:
     """Raises UserError for a source that is not there, a number out of range, or a corpus that cannot be read."""
     if _module(config.name) not in names():
         raise UserError(f"{config.name!r}: there is no such source; there are {', '.join(names())}")
+    if type(config.source).__module__ != f"{sources.__name__}.{_module(config.name)}":
+        raise UserError(f"another option is called like a source; put the source first: opt extract {config.name} ...")
     for name in ("shard_size", "row_seconds"):
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0 and finite")

@@ -200,6 +200,15 @@ def test_settings_of_another_form_are_other_settings(corpus, tmp_path, about):
         extract(config(corpus, tmp_path / "out", audio="none", codes="none"))
 
 
+def test_a_folder_called_like_a_source_is_not_taken_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("A caption.")
+    none = ["--regions", "none", "--audio", "none", "--codes", "none", "--workers", "0"]
+    assert cli.main(["extract", "--out", "folder", "text", "words.txt", *none]) == 2
+    assert "put the source first: opt extract text" in capsys.readouterr().err
+    assert cli.main(["extract", "text", "words.txt", "--out", "folder", *none]) == 0
+
+
 def test_captions_that_are_too_long_are_failures_of_their_record(corpus, tmp_path):
     path = corpus / "train_localized_narratives.jsonl"
     path.write_text(path.read_text().replace("Telling 5 of picture 5.", "word " * 70_000))

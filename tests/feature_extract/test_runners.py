@@ -1,6 +1,7 @@
 """Runners: whoever does the work and however it is cut off, the shards are the same; what hangs or dies is given up."""
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -97,6 +98,17 @@ def test_one_share_leaves_the_rest_to_the_others(corpus, tmp_path, whole, monkey
         read_manifest(tmp_path / "out")
     extract(config(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == whole
+
+
+def test_shares_that_end_together_commit_in_turn(corpus, tmp_path, monkeypatch):
+    def held(out, *_):
+        with (out / ".turn").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "commit", held)
+    with pytest.raises(KeyboardInterrupt):
+        extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none"))
 
 
 def test_ray_writes_the_same_bytes(corpus, tmp_path, whole, monkeypatch):
