@@ -54,6 +54,9 @@ class DamagedRecord(UserError):
         )
         self.path, self.key = path, key
 
+    def __reduce__(self) -> tuple[type[DamagedRecord], tuple[Path, str]]:  # workers say it to their parent
+        return DamagedRecord, (self.path, self.key)
+
 
 def key_hash(key: str) -> int:
     """The key as 64 bits (BLAKE2b): tells pictures apart without reading them."""

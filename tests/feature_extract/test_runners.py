@@ -300,6 +300,17 @@ def test_retrying_does_only_what_failed(corpus, tmp_path, whole, monkeypatch):
     assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == untouched
 
 
+def test_retrying_beside_a_damaged_record_names_it(corpus, tmp_path):
+    (corpus / "images" / "p1.jpg").write_bytes(b"broken")
+    extract(config(corpus, tmp_path / "out"))
+    path = tmp_path / "out" / "00000.tar"
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the bytes of key 'p0' are damaged"):
+        extract(config(corpus, tmp_path / "out", workers=1, retry_failed=True))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_failures_stop_the_job(corpus, tmp_path, workers):
     for number in (1, 4, 6):
