@@ -4,7 +4,8 @@
 
 The same spoken scenes are extracted in the profiles full, standard and compact (feature_extract/profiles.py) by the
 embedded networks; opt.tiny is trained on each, and searches among held-out scenes of the same profile: recall of the
-right one first. Prints one JSON line, the same as OUT/profiles.json.
+right one first. The models of standard search in compact, too: what int8 alone costs. Prints one JSON line, the same
+as OUT/profiles.json.
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ def main() -> None:
 
 
 def judge(run: Run, system: System) -> dict[str, Any]:
-    """Recall of the right one first, in the run's own profile."""
-    return recalls(system, ShardReader(run.shards("test")))
+    """Recall of the right one first, in the run's own profile; a standard model also among int8 features."""
+    found = recalls(system, ShardReader(run.shards("test")))
+    if run.data == "standard":
+        int8 = recalls(system, ShardReader(run.out / "shards" / "compact" / "test"))
+        found |= {f"{name}.searched_in_compact": value for name, value in int8.items()}
+    return found
 
 
 if __name__ == "__main__":
