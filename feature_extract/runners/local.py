@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from tempfile import gettempdir
 
@@ -35,12 +36,13 @@ class LocalWorker:
         context.set_forkserver_preload(PRELOADED)
         self.ours, theirs = context.Pipe()
         self.process = context.Process(target=work_until_killed, args=(setup, number, theirs), daemon=True)
-        with signals_ignored():  # by the process: a Ctrl-C or a SIGTERM is for this one to handle
-            try:
-                self.process.start()
-            except OSError as error:  # of the socket in TMPDIR, or of a limit on processes or open files
-                raise UserError(f"--workers: a process could not be started ({error}); is TMPDIR, {gettempdir()}, a "
-                                "short path with room, and are `ulimit -n` and `-u` large enough?") from error
+        try:
+            with signals_ignored():  # by what workers are forked from, and so by them: they are for this one to handle
+                forkserver.ensure_running()
+            self.process.start()  # waits for PRELOADED the first time, with an ear for signals
+        except OSError as error:  # of the socket in TMPDIR, or of a limit on processes or open files
+            raise UserError(f"--workers: a process could not be started ({error}); is TMPDIR, {gettempdir()}, a "
+                            "short path with room, and are `ulimit -n` and `-u` large enough?") from error
         theirs.close()
 
     def give(self, work: WorkItem) -> None:

@@ -116,8 +116,10 @@ class Supervisor:
     def run(self, todo: Sequence[WorkItem]) -> None:
         """Do all work items. Raises RunAgain when asked to stop before, UserError for an error of the user's."""
         self.todo = deque(todo)
-        self.posts = [_Post(number, self.hire(number)) for number in range(min(self.count, len(todo)))]
+        self.posts: list[_Post] = []
         try:
+            for number in range(min(self.count, len(todo))):
+                self.posts.append(_Post(number, self.hire(number)))
             with stop_requests() as stop:
                 while self._working(stop.is_set()):
                     for post in self.posts:
@@ -193,25 +195,25 @@ class Supervisor:
         post.since, post.done, post.reasons = 0.0, 0, []
 
 
+class _Asked(BaseException):
+    """SIGTERM has come. Unlike RunAgain, no `except Exception` on the way takes it for its own."""
+
+
 @contextmanager
 def stop_at_once() -> Iterator[None]:
     """SIGTERM raises RunAgain out of the block: for what comes before the work and after it, with no shard in hand."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
-        asked.set()
-        raise KeyboardInterrupt  # which, unlike RunAgain, no `except Exception` on the way takes for its own
+        raise _Asked
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        if not asked.is_set():
-            raise
-        raise RunAgain("stopped as asked, with no shard in hand") from interrupt
+    except _Asked as asked:
+        raise RunAgain("stopped as asked, with no shard in hand") from asked
     finally:
         signal.signal(signal.SIGTERM, before)
 

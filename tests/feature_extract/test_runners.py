@@ -282,6 +282,14 @@ def test_sigterm_before_and_after_the_work_asks_to_be_run_again(corpus, tmp_path
     assert contents(tmp_path / "out") == whole
 
 
+def test_sigterm_while_workers_are_started_is_heard(corpus, tmp_path, monkeypatch):
+    start = multiprocessing.context.ForkServerProcess.start
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start",
+                        lambda process: start(process) or os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunAgain):
+        extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none", workers=2))
+
+
 def test_retrying_does_only_what_failed(corpus, tmp_path, whole, monkeypatch):
     broken = corpus / "images" / "p4.jpg"
     content = broken.read_bytes()
