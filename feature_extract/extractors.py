@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import typing
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -63,7 +64,10 @@ def load_extractors(manifest: Manifest, device: str = "cpu") -> Extractors:
 
 def reopen(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
     """Extractors from `Extractors.describe`; UserError where they would describe themselves otherwise now."""
-    extractors = _build(descriptions, device)
+    try:
+        extractors = _build(descriptions, device)
+    except UserError as error:
+        raise UserError(f"the networks that made the shards cannot be opened: {error}") from error
     for kind, now in extractors.describe().items():
         then = descriptions[kind]
         if now["weights_sha256"] != then["weights_sha256"]:
@@ -99,19 +103,31 @@ def _parse(kind: str, word: str) -> dict[str, Any]:
     backend, _, weights = (TINY_BACKENDS[kind], "", "tiny") if word == "tiny" else word.partition(":")
     if not weights:
         raise UserError(f"--{kind} {word}: expected tiny, none, or BACKEND:WEIGHTS, such as {TINY_BACKENDS[kind]}:...")
-    return {"backend": backend, "weights": weights}
+    return {"backend": backend, "weights": _whole_paths(weights)}
+
+
+def _whole_paths(weights: str) -> str:
+    """The word with its relative paths made whole, so that it means the same from any folder."""
+    def whole(piece: str) -> str:
+        path, comma, options = piece.partition(",")
+        return f"{Path(path).absolute()}{comma}{options}" if path and path != "tiny" and Path(path).exists() else piece
+
+    return whole(weights) if Path(weights).exists() else ":".join(map(whole, weights.split(":")))
 
 
 def _backend(kind: str, name: str) -> Any:
     """The backend's module. Raises UserError when there is none of that name and kind, or a package is missing."""
     known = [module.name for module in pkgutil.iter_modules(backends.__path__)]
-    if name not in known:
-        raise UserError(f"--{kind} {name}: there is no such backend; there are {', '.join(known)}")
     try:
-        module = importlib.import_module(f"{backends.__name__}.{name}")
+        module = importlib.import_module(f"{backends.__name__}.{name}") if name in known else None
     except ImportError as error:
         raise UserError(f"--{kind} {name}: {error}; `opt doctor` says how to mend it") from error
-    makes = KINDS[typing.get_type_hints(module.load).get("settings", NoneType)]
-    if makes != kind:
-        raise UserError(f"--{kind} {name}: this backend makes {makes}; there are {', '.join(known)}")
+    if module is None or _makes(module) != kind:
+        fitting = [one for one in known if _makes(importlib.import_module(f"{backends.__name__}.{one}")) == kind]
+        raise UserError(f"--{kind} {name}: there is no such backend; there are {', '.join(fitting)}")
     return module
+
+
+def _makes(module: Any) -> str:
+    """Which kind of extractor a backend makes, by the settings that its `load` takes."""
+    return KINDS[typing.get_type_hints(module.load).get("settings", NoneType)]

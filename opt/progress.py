@@ -17,6 +17,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -35,7 +36,11 @@ class Progress:
         self._began = self._last_line = time.monotonic()
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = ("{task.description}", BarColumn(24), TextColumn("{task.fields[status]}", markup=False))
+            columns = (  # the bar gives way first where the terminal is narrow
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(self.label))),
+                BarColumn(24),
+                TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
+            )
             self._bar = RichProgress(*columns, console=console)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, status=self.status())
@@ -82,6 +87,19 @@ class Progress:
 def progress(label: str, total: int | None = None, done: int = 0, unit: str = "") -> Progress:
     """A progress display for a `with` block. `done` were finished by an earlier run: counted, but not in the rate."""
     return Progress(label, total, done, unit)
+
+
+def in_bytes(size: float) -> str:
+    """Bytes as people say them: `913 bytes`, `3.9 MB`, `1,204.0 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,.0f} bytes"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 shard`, `1,204 shards`."""
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def _clock(seconds: float) -> str:

@@ -132,8 +132,21 @@ def load(weights: str, settings: RegionSettings, device: str) -> TorchvisionDete
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{name} does not fit {builder}: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(f"{name} does not fit {builder}: {_misfit(detector, state)}") from error
     return TorchvisionDetector(detector, _classes(Path(name), builder, count), weights, settings, device)
+
+
+def _misfit(detector: FasterRCNN, state: dict[str, Tensor]) -> str:
+    """Where a state dict differs from what the detector has, the first few names of each kind."""
+    own = detector.state_dict()
+    kinds = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
+             "has of another size": {name for name in own.keys() & state.keys()
+                                     if own[name].shape != state[name].shape}}  # fmt: skip
+    said = []
+    for verb, names in kinds.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        said += [f"it {verb} {', '.join(sorted(names)[:3])}{more}"] if names else []
+    return "; ".join(said)
 
 
 def _classes(path: Path, builder: str, count: int) -> tuple[str, ...]:

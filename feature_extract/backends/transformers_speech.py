@@ -52,10 +52,14 @@ def load(weights: str, settings: AudioSettings, device: str) -> TransformersSpee
         from feature_extract.tiny.audio import load_audio
 
         if settings.codes:
-            raise UserError("audio 'tiny': the embedded network has no quantiser; leave out the codes")
+            raise UserError("audio 'tiny': the embedded network has no quantiser; leave out --speech-codes")
         return TransformersSpeech("transformers_speech", weights, load_audio().wav2vec2, settings, device)
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2ForPreTraining
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what is missing is said below, in a sentence
+    logging.disable_progress_bar()
+    _check_folder(weights)
     try:
         features, config = AutoFeatureExtractor.from_pretrained(weights), AutoConfig.from_pretrained(weights)
         if config.model_type not in MODEL_TYPES or getattr(features, "sampling_rate", None) != SAMPLE_RATE:
@@ -77,11 +81,23 @@ def load(weights: str, settings: AudioSettings, device: str) -> TransformersSpee
     return TransformersSpeech("transformers_speech", weights, network, settings, device, epsilon, quantiser)
 
 
+def _check_folder(weights: str) -> None:
+    """Raises UserError for a path that is no folder of a network; a name of the hub is none of our business."""
+    path = Path(weights)
+    if not path.exists() and (path.is_absolute() or weights.startswith((".", "~")) or weights.count("/") > 1):
+        raise UserError(f"audio {weights!r}: there is no such folder")
+    lacking = [name for name in ("config.json", "preprocessor_config.json") if not (path / name).exists()]
+    if path.is_dir() and lacking:
+        raise UserError(f"audio {weights!r}: the folder holds no {' and no '.join(lacking)}; save the model and its "
+                        "feature extractor there, or copy what the hub has of it")
+
+
 def _check_complete(weights: str, missing: list[str]) -> None:
     """Raises UserError when weights that matter are missing: transformers would draw them at random."""
     if any(name.startswith("quantizer.") for name in missing):
         raise UserError(f"audio {weights!r}: has no quantiser, so there are no codes; checkpoints of pretraining have "
-                        "one (Wav2Vec2ForPreTraining), fine-tuned ones do not: take such a one, or no codes")
+                        "one (Wav2Vec2ForPreTraining), fine-tuned ones do not: take such a one, or leave out "
+                        "--speech-codes")
     lost = sorted(name for name in missing if not name.endswith(UNUSED) and not name.startswith("project_"))
     if lost:
         raise UserError(f"audio {weights!r}: lacks {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}; copy the "

@@ -30,7 +30,7 @@ from opt.data.record import Record
 from opt.data.shards import ShardReader
 from opt.files import open_atomic, write_atomic
 from opt.lock import alone
-from opt.progress import progress
+from opt.progress import in_bytes, progress
 
 DATASET = "dataset.json"
 END = bytes(1024)
@@ -77,7 +77,7 @@ def export(config: ExportConfig) -> None:
         facts: dict[str, Any] = {name: value for name, value in to_dict(reader.manifest).items() if name != "shards"}
         write_atomic(config.out / DATASET, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     size = sum(path.stat().st_size for path in paths)
-    print(f"{config.out}: {len(firsts):,} records in {len(paths)} tar files, {size / 1e6:,.1f} MB")
+    print(f"{config.out}: {len(firsts):,} records in {len(paths)} tar files, {in_bytes(size)}")
 
 
 def members(record: Record) -> Iterator[tuple[str, bytes]]:

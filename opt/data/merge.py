@@ -84,7 +84,11 @@ def _require_same(readers: Sequence[ShardReader]) -> None:
 
 
 def _facts(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(manifest, name) for name in names}
+    """The named facts; where weights lay is none of them when a hash says which they are."""
+    facts = {name: getattr(manifest, name) for name in names}
+    hashed = {kind: {name: value for name, value in about.items() if name != "weights"}
+              for kind, about in manifest.extractors.items() if "weights_sha256" in about}  # fmt: skip
+    return {**facts, "extractors": {**manifest.extractors, **hashed}}
 
 
 def _difference(first: Any, second: Any, name: str = "") -> str:

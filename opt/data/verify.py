@@ -19,7 +19,7 @@ from opt.data.record import Record, check
 from opt.data.shards import ShardReader
 from opt.data.stored import INDEX, DamagedRecord, key_hash
 from opt.files import sha256
-from opt.progress import progress
+from opt.progress import counted, in_bytes, progress
 
 SHOWN = 20
 """How many problems or failures are listed before the rest is only counted."""
@@ -177,10 +177,12 @@ def _summary(reader: ShardReader) -> Iterator[str]:
     yield f"  fingerprint {manifest.fingerprint}"
     for name, facts in manifest.extractors.items():
         yield f"  {name:8} {_line(facts)}"
+    attributes = f" and {len(manifest.region_attributes)} attributes" if manifest.region_attributes else ""
+    books = f" with codebooks of {list(manifest.speech_codebooks)}" if manifest.speech_codebooks else ""
     yield (
-        f"  regions {manifest.region_width} wide in {len(manifest.region_classes)} classes and "
-        f"{len(manifest.region_attributes)} attributes, speech {manifest.speech_width} wide at {manifest.frame_rate:g} "
-        f"frames a second in codebooks of {list(manifest.speech_codebooks)}, {manifest.codebook} image codes"
+        f"  regions {manifest.region_width} wide in {len(manifest.region_classes)} classes{attributes}, speech "
+        f"{manifest.speech_width} wide at {manifest.frame_rate:g} frames a second{books}, "
+        f"{manifest.codebook} image codes"
     )
     yield f"  features stored as {manifest.storage}"
     yield f"  {len(manifest.failures)} failures"
@@ -240,11 +242,8 @@ def _spread(length: int, number: int) -> list[int]:
 
 def _counts(manifest: Manifest) -> str:
     size = sum(shard.bytes + shard.index_bytes for shard in manifest.shards)
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
-    return (
-        f"{len(manifest.shards)} shards, {manifest.records:,} records, {manifest.samples:,} samples, "
-        f"{size / unit:.1f} {name}"
-    )
+    counts = ((len(manifest.shards), "shard"), (manifest.records, "record"), (manifest.samples, "sample"))
+    return ", ".join([*(counted(count, what) for count, what in counts), in_bytes(size)])
 
 
 def _line(facts: Any) -> str:

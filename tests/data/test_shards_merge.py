@@ -125,6 +125,16 @@ def test_folders_made_otherwise_are_refused(tmp_path: Path, change: dict, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_the_same_weights_may_lie_elsewhere(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        made = write_folder(tmp_path / name, [[full_record(name, 0)]]).manifest
+        regions = {"weights": f"/{name}/detector.pt", "weights_sha256": "0" * 64}
+        write_manifest(tmp_path / name, ["00000"], {"regions": regions}, made.region_classes, made.codebook,
+                       made.region_attributes, made.speech_codebooks)
+    merge(MergeConfig(tmp_path / "out", (tmp_path / "first", tmp_path / "second")))
+    assert ShardReader(tmp_path / "out").manifest.records == 2
+
+
 def test_storage_and_widths_must_agree_where_there_are_any(tmp_path: Path) -> None:
     write_folder(tmp_path / "first", [FIRST])
     write_folder(tmp_path / "small", [SECOND], int8=True)

@@ -9,6 +9,7 @@ from torchvision.models import get_model
 from feature_extract.audio import AudioSettings
 from feature_extract.extractors import open_extractors, reopen
 from feature_extract.regions import RegionSettings
+from feature_extract.tiny import weights_file
 from opt.config import UserError
 
 BUILDER = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -51,8 +52,20 @@ def test_extractors_are_rebuilt_from_their_description(checkpoint, picture):
 
 
 def test_an_unknown_backend_names_those_there_are():
-    with pytest.raises(UserError, match="there are .*fairseq_speech, torchaudio_speech, torchvision"):
+    with pytest.raises(UserError, match="there are bottom_up, detectron2_detector, torchvision_detector$"):
         open_extractors("detectron9:x", "none", "none", RegionSettings(), AudioSettings(), "cpu")
+    with pytest.raises(UserError, match="there are fairseq_speech, torchaudio_speech, transformers_speech$"):
+        open_extractors("none", "dvae:x", "none", RegionSettings(), AudioSettings(), "cpu")
+
+
+def test_a_relative_path_to_weights_means_the_same_from_anywhere(tmp_path, monkeypatch):
+    codes = weights_file.FOLDER / "codes.safetensors"
+    monkeypatch.chdir(codes.parent)
+    made = open_extractors("none", "none", "dvae:codes.safetensors", RegionSettings(), AudioSettings(), "cpu")
+    about = made.describe()
+    assert about["codes"]["weights"] == str(codes)
+    monkeypatch.chdir(tmp_path)
+    assert reopen(about, "cpu").describe() == about
 
 
 @pytest.mark.parametrize(
