@@ -12,6 +12,7 @@ from opt.config import UserError
 from opt.data.manifest import Manifest, read_receipt, write_manifest
 from opt.files import open_atomic
 from opt.lock import remove_unfinished
+from opt.progress import counted
 
 FAILURES = "failures.jsonl"
 
@@ -25,7 +26,8 @@ def commit(out: Path, names: list[str], extractors: Extractors, descriptions: di
             line = {"key": failure.key, "part": part, "reason": reason}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if not any(receipt.records for receipt in receipts):
-        raise UserError(f"{out}: not one row could be used; {out / FAILURES} says why for each")
+        raise UserError(f"{out}: not one row could be used; {out / FAILURES} says why for each; when that is mended, "
+                        "run the same command with --retry-failed")
     regions, audio, codes = extractors
     remove_unfinished(out)
     return write_manifest(
@@ -38,14 +40,16 @@ def commit(out: Path, names: list[str], extractors: Extractors, descriptions: di
 def summary(out: Path, manifest: Manifest, already: int) -> str:
     """Counts, networks, bytes a sample, failures by reason."""
     size = sum(receipt.bytes for receipt in manifest.shards)
-    networks = ", ".join(f"{kind} {about['weights']}" for kind, about in manifest.extractors.items())
+    networks = [f"{kind} {about['weights']}" for kind, about in manifest.extractors.items()]
+    tiny = any(about["weights"] == "tiny" for about in manifest.extractors.values())
     lines = [
-        f"{out}: {manifest.records} records, {manifest.samples} samples in {len(manifest.shards)} shards "
-        f"({already} were there already), {size / max(1, manifest.samples):,.0f} bytes a sample",
-        f"networks: {networks or 'none'}",
+        f"{out}: {counted(manifest.records, 'record')}, {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')} ({already:,} were there already), "
+        f"{size / max(1, manifest.samples):,.0f} bytes a sample",
+        f"networks: {', '.join(networks) or 'none'}{'; the tiny ones know spoken scenes only' if tiny else ''}",
     ]
     tally = Tally()
-    tally.add([failure.reason for failure in manifest.failures])
-    if tally.reasons:
-        lines += [f"failures: {tally.reasons.total()}, listed in {out / FAILURES}", *tally.table()]
+    tally.add(manifest.failures)
+    if tally.kinds:
+        lines += [f"failures: {tally.kinds.total():,}, listed in {out / FAILURES}", *tally.table()]
     return "\n".join(lines)

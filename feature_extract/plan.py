@@ -27,7 +27,7 @@ from typing import Any
 from feature_extract.sources.item import BadRow, Item, NarrationItem, Source
 from opt.config import UserError
 from opt.files import sync_folder
-from opt.progress import Progress, progress
+from opt.progress import Progress, counted, progress
 
 NAME = "plan.sqlite"
 FORMAT = 1
@@ -117,7 +117,7 @@ def _fill(database: sqlite3.Connection, source: Source, signature: str) -> dict[
     database.execute("CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT)")
     digest = hashlib.sha256()
     database.execute("BEGIN")
-    with progress("plan", unit="rows") as bar:
+    with progress("plan", unit="rows of the source") as bar:
         database.executemany("INSERT INTO told VALUES (?, ?, ?)", _told(source, digest, bar))
     database.execute("CREATE INDEX together ON told (belongs)")
     firsts = "SELECT min(number) AS first FROM told GROUP BY belongs"
@@ -126,7 +126,10 @@ def _fill(database: sqlite3.Connection, source: Source, signature: str) -> dict[
     good = "SELECT 1 FROM told WHERE belongs >= '+' AND belongs < ','"
     (usable,) = database.execute(f"SELECT EXISTS ({good})").fetchone()
     if not usable:
-        raise UserError(f"{source.corpus}: the split {source.split!r} holds no usable row ({size} rows)")
+        first = [_decode(content) for (content,) in database.execute("SELECT content FROM told LIMIT 1")]
+        why = f", the first of which: {first[0].reason}" if first and isinstance(first[0], BadRow) else ""
+        raise UserError(f"{source.corpus}: the split {source.split!r} holds no usable row; it has "
+                        f"{counted(size, 'row')}{why}")
     about = {"format": str(FORMAT), "size": str(size), "sha256": digest.hexdigest(), "signature": signature}
     database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
     database.execute("COMMIT")

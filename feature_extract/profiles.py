@@ -10,15 +10,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import Any, NamedTuple
 
-from feature_extract.assemble import Media, make_record, read_media
 from feature_extract.extractors import Extractors
-from feature_extract.plan import Plan
-from feature_extract.sources.item import Item
-from feature_extract.work import one_thread
+from feature_extract.runners.supervise import Tally
+from feature_extract.work import Setup, extract_row, one_thread, read_row
 from opt.data.encoding import block_padding, encode, encode_pictures
-from opt.data.record import RecordError, check
+from opt.data.record import Record
+from opt.progress import counted, in_bytes
 
 LONGEST = 65_535
 """What the index of a shard can count of regions or frames."""
@@ -31,33 +30,46 @@ WEIGHED = 8
 """Rows, evenly spread, that are extracted to tell what a row weighs."""
 
 
-def weight(plan: Plan, root: Path, extractors: Extractors, jpeg: bool, int8: bool) -> tuple[float, int]:
-    """Bytes that a usable row takes in a shard, from a few of them, and how many those were (0: none was usable)."""
+class Weight(NamedTuple):
+    """Mean bytes that a row takes in a shard, over the `usable` ones of the rows tried; what was lost of those."""
+
+    bytes: float
+    usable: int
+    tried: int
+    tally: Tally
+
+
+def weigh(setup: Setup, extractors: Extractors) -> Weight:
+    """What a row weighs, judged by a few."""
     sizes: list[int] = []
+    tally = Tally()
+    places = sorted({place * setup.plan.size // WEIGHED for place in range(WEIGHED)})
     with one_thread():
-        for place in sorted({place * plan.size // WEIGHED for place in range(WEIGHED)}):
-            (row,) = plan.rows(place, place + 1)
-            if isinstance(row.item, Item):
-                sizes += _size(row.item, root, extractors, jpeg, int8)
-    return sum(sizes) / max(1, len(sizes)), len(sizes)
+        for place in places:
+            (row,) = setup.plan.rows(place, place + 1)
+            record, failures = extract_row(read_row(row, setup, extractors), extractors)
+            tally.add(failures)
+            sizes += [] if record is None else [_size(record, setup.int8)]
+    return Weight(sum(sizes) / max(1, len(sizes)), len(sizes), len(places), tally)
 
 
-def forecast(out: Path, rows: int, bytes_a_row: float, measured: int, profile: str) -> str:
-    """What the job is going to write, in a sentence, and a warning where the disk has less room."""
+def forecast(out: Path, rows: int, weight: Weight | None, profile: str) -> str:
+    """What the job is going to write, in a sentence, and a warning where the disk has less room.
+
+    weight: None when the process that weighed did not end well.
+    """
+    if weight is None:
+        return f"profile {profile}: what a row weighs is not known, the rows tried ended a process or held it up"
+    if not weight.usable:
+        return "\n".join([f"none of the {counted(weight.tried, 'row')} tried can be used:", *weight.tally.table()])
     folder = next(place for place in (out, *out.absolute().parents) if place.exists())
-    free, whole = shutil.disk_usage(folder).free, rows * bytes_a_row
+    free, whole = shutil.disk_usage(folder).free, rows * weight.bytes
     short = "; THE DISK HAS LESS" if whole > free else ""
-    return (f"profile {profile}: {bytes_a_row:,.0f} bytes a row (mean of {measured} of them), "
-            f"{whole / 1e9:,.2f} GB for {rows:,} rows; {free / 1e9:,.1f} GB are free{short}")
+    return (f"profile {profile}: {weight.bytes:,.0f} bytes a row (mean of {weight.usable}), about {in_bytes(whole)} "
+            f"for {counted(rows, 'row')}; {in_bytes(free)} are free{short}")
 
 
-def _size(item: Item, root: Path, extractors: Extractors, jpeg: bool, int8: bool) -> list[int]:
-    """Bytes that the item's record takes in a tar, in a list; empty when it has none."""
-    max_seconds = extractors.audio.settings.max_seconds if extractors.audio is not None else None
-    media: Media = read_media(item, root, jpeg, max_seconds)
-    record, _ = make_record(media, extractors)
-    try:
-        parts = [encode(check(record), int8), encode_pictures(record)] if record is not None else []
-    except RecordError:
-        return []
-    return [sum(BLOCKSIZE + len(part) + len(block_padding(len(part))) for part in parts if part)] if parts else []
+def _size(record: Record, int8: bool) -> int:
+    """Bytes that the record takes in a tar."""
+    parts = (encode(record, int8), encode_pictures(record))
+    return sum(BLOCKSIZE + len(part) + len(block_padding(len(part))) for part in parts if part)

@@ -23,7 +23,7 @@ from feature_extract.extractors import Extractors
 from feature_extract.plan import Plan, Row
 from feature_extract.sources.item import BadRow
 from opt.data.manifest import Failure, read_receipt
-from opt.data.record import RecordError
+from opt.data.record import Record, RecordError, check
 from opt.data.shards import ShardWriter, StoredShard
 
 READ_AHEAD = 16
@@ -66,11 +66,11 @@ class Setup:
 
 
 def extract_shard(
-    work: WorkItem, extractors: Extractors, setup: Setup, on_row: Callable[[int, list[str]], None]
+    work: WorkItem, extractors: Extractors, setup: Setup, on_row: Callable[[int, list[Failure]], None]
 ) -> None:
     """Write one shard and its receipt, or nothing.
 
-    `on_row(row, reasons)` is called after each row with the reasons of its failures, and may raise to stop.
+    `on_row(row, failures)` is called after each row with what was lost of it, and may raise to stop.
     """
     rows = dict(zip(range(work.start, work.stop), setup.plan.rows(work.start, work.stop), strict=True))
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def extract_shard(
         shard = stack.enter_context(ShardWriter(setup.out, work.name, int8=setup.int8))
         stack.enter_context(one_thread())
         fresh = [row for place, row in rows.items() if place not in work.given_up and row.item.key not in kept]
-        media = ahead(lambda row: _read(row, setup, extractors), fresh, 0 if work.careful else READ_AHEAD)
+        media = ahead(lambda row: read_row(row, setup, extractors), fresh, 0 if work.careful else READ_AHEAD)
         for place, row in rows.items():
             key = row.item.key
             failures = [Failure(key, f"row: {reason}") for reason in row.losses]
@@ -87,10 +87,10 @@ def extract_shard(
             elif key in kept:
                 shard.copy(stored, kept[key])
             else:
-                failures += _extract(next(media), shard, extractors)
+                failures += _write(next(media), shard, extractors)
             for failure in failures:
                 shard.fail(failure.key, failure.reason)
-            on_row(place, [failure.reason for failure in failures])
+            on_row(place, failures)
 
 
 def _good_records(work: WorkItem, out: Path, stack: ExitStack) -> tuple[Any, dict[str, int]]:
@@ -103,24 +103,34 @@ def _good_records(work: WorkItem, out: Path, stack: ExitStack) -> tuple[Any, dic
     return stored, {key: place for place, key in enumerate(stored.keys) if key not in failed}
 
 
-def _read(row: Row, setup: Setup, extractors: Extractors) -> Media | BadRow:
-    if isinstance(row.item, BadRow):
-        return row.item
-    max_seconds = extractors.audio.settings.max_seconds if extractors.audio is not None else None
-    return read_media(row.item, setup.root, setup.jpeg, max_seconds)
-
-
-def _extract(media: Media | BadRow, shard: ShardWriter, extractors: Extractors) -> list[Failure]:
+def _write(media: Media | BadRow, shard: ShardWriter, extractors: Extractors) -> list[Failure]:
     """Write the row's record, if it comes to one; answer what was lost of it."""
-    if isinstance(media, BadRow):
-        return [Failure(media.key, f"row: {media.reason}")]
-    record, failures = make_record(media, extractors)
+    record, failures = extract_row(media, extractors)
     if record is not None:
         try:
             shard.write(record)
         except RecordError as error:
             failures = [*failures, Failure(record.key, f"record: breaks the contract ({error})")]
     return failures
+
+
+def read_row(row: Row, setup: Setup, extractors: Extractors) -> Media | BadRow:
+    """A row's files, those that the extractors want."""
+    if isinstance(row.item, BadRow):
+        return row.item
+    max_seconds = extractors.audio.settings.max_seconds if extractors.audio is not None else None
+    return read_media(row.item, setup.root, setup.jpeg, max_seconds)
+
+
+def extract_row(media: Media | BadRow, extractors: Extractors) -> tuple[Record | None, list[Failure]]:
+    """A row's record, which keeps the contract, or None; and what was lost of it."""
+    if isinstance(media, BadRow):
+        return None, [Failure(media.key, f"row: {media.reason}")]
+    record, failures = make_record(media, extractors)
+    try:
+        return (check(record) if record is not None else None), failures
+    except RecordError as error:
+        return None, [*failures, Failure(media.item.key, f"record: breaks the contract ({error})")]
 
 
 def ahead(read: Callable[[Row], Media | BadRow], rows: Sequence[Row], most: int) -> Iterator[Media | BadRow]:

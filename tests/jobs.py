@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from feature_extract.audio import AudioSettings
-from feature_extract.job import ExtractConfig
+from feature_extract.options import ExtractConfig
 from feature_extract.regions import RegionSettings
 from feature_extract.sources.localized_narratives import Source
 

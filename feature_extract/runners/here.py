@@ -8,6 +8,7 @@ from feature_extract.extractors import Extractors
 from feature_extract.runners.supervise import Limits, Tally, stop_requests
 from feature_extract.work import Setup, WorkItem, extract_shard
 from opt.config import RunAgain
+from opt.data.manifest import Failure
 from opt.progress import Progress
 
 
@@ -16,8 +17,8 @@ def run_here(
 ) -> None:
     """Do all work items. Raises RunAgain when SIGTERM asked to stop, after the shard in hand."""
 
-    def on_row(row: int, reasons: list[str]) -> None:
-        tally.add(reasons)
+    def on_row(row: int, failures: list[Failure]) -> None:
+        tally.add(failures)
         bar.advance(1, tally.note())
         tally.check(limits)
 

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from tempfile import gettempdir
+from typing import Any
 
 import torch
 
 from feature_extract.extractors import Extractors, reopen
+from feature_extract.profiles import Weight, weigh
 from feature_extract.runners.supervise import Event
 from feature_extract.work import Setup, WorkItem, extract_shard
 from opt.config import UserError
@@ -32,18 +35,7 @@ class LocalWorker:
     """A process and the two ends of what is said between us."""
 
     def __init__(self, setup: Setup, number: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.ours, theirs = context.Pipe()
-        self.process = context.Process(target=work_until_killed, args=(setup, number, theirs), daemon=True)
-        try:
-            with signals_ignored():  # by what workers are forked from, and so by them: they are for this one to handle
-                forkserver.ensure_running()
-            self.process.start()  # waits for PRELOADED the first time, with an ear for signals
-        except OSError as error:  # of the socket in TMPDIR, or of a limit on processes or open files
-            raise UserError(f"--workers: a process could not be started ({error}); is TMPDIR, {gettempdir()}, a "
-                            "short path with room, and are `ulimit -n` and `-u` large enough?") from error
-        theirs.close()
+        self.process, self.ours = begin(work_until_killed, setup, number)
 
     def give(self, work: WorkItem) -> None:
         """Let it begin."""
@@ -84,6 +76,48 @@ def work_until_killed(setup: Setup, number: int, ours: Connection) -> None:
         do(ours.recv(), networks, setup, lambda event: ours.send(event))
 
 
+def begin(target: Callable[..., None], *given: Any) -> tuple[BaseProcess, Connection]:
+    """A process that runs `target(*given, connection)`, and our end of the connection.
+
+    Raises UserError when the system does not let one begin.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*given, theirs), daemon=True)
+    try:
+        with signals_ignored():  # by what workers are forked from, and so by them: they are for this one to handle
+            forkserver.ensure_running()
+        process.start()  # waits for PRELOADED the first time, with an ear for signals
+    except OSError as error:  # of the socket in TMPDIR, or of a limit on processes or open files
+        raise UserError(f"--workers: a process could not be started ({error}); is TMPDIR, {gettempdir()}, a "
+                        "short path with room, and are `ulimit -n` and `-u` large enough?") from error
+    theirs.close()
+    return process, ours
+
+
+def weigh_apart(setup: Setup, seconds: float) -> Weight | None:
+    """`weigh` in a process of its own, which a file may end or hold up; None when it has."""
+    process, ours = begin(_weigh, setup)
+    try:
+        found = ours.recv() if ours.poll(seconds) else None
+    except (EOFError, ConnectionError):
+        found = None
+    process.kill()
+    process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _weigh(setup: Setup, ours: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        ours.send(weigh(setup, reopen(setup.extractors, device_of(0, setup.device, torch.cuda.device_count()))))
+    except UserError as error:
+        ours.send(error)
+
+
 def device_of(number: int, device: str, gpus: int) -> str:
     """Where worker `number` runs: workers go round the GPUs when all of them may be used."""
     return f"cuda:{number % gpus}" if device == "cuda" and gpus else device
@@ -94,7 +128,7 @@ def do(work: WorkItem, networks: Callable[[], Extractors], setup: Setup, say: Ca
     try:
         extractors = networks()
         say(Event("ready"))
-        extract_shard(work, extractors, setup, lambda row, reasons: say(Event("row", row, tuple(reasons))))
+        extract_shard(work, extractors, setup, lambda row, failures: say(Event("row", row, tuple(failures))))
         say(Event("shard"))
     except (UserError, OSError) as error:  # an OSError is of writing: what cannot be read is a failure of its row
         say(Event("error", error=error))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from feature_extract.work import WorkItem
 from opt.config import RunAgain, UserError
-from opt.data.manifest import by_reason
+from opt.data.manifest import Failure, by_reason
 from opt.progress import Progress
 
 POLL_SECONDS = 0.1
@@ -30,11 +30,11 @@ CRASHES = 2
 
 
 class Event(NamedTuple):
-    """What a worker says: "ready", "row" (it is done, with its failures' reasons), "shard", or "error"."""
+    """What a worker says: "ready", "row" (it is done, and what was lost of it), "shard", or "error"."""
 
     kind: str
     row: int = -1
-    reasons: tuple[str, ...] = ()
+    failures: tuple[Failure, ...] = ()
     error: Exception | None = None
 
 
@@ -64,27 +64,30 @@ class Limits:
 
 @dataclass
 class Tally:
-    """What is lost so far: reasons without their details, over all shards that are done or in hand."""
+    """What is lost so far, over all shards that are done or in hand: how many of each kind, and the first of it."""
 
-    reasons: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Failure] = field(default_factory=dict)
 
-    def add(self, reasons: Sequence[str]) -> None:
-        """Count failures, given as "PART NUMBER: REASON (DETAILS)"."""
-        self.reasons += by_reason(reasons)
+    def add(self, failures: Sequence[Failure]) -> None:
+        """Count failures."""
+        self.kinds += by_reason(failures)
+        for failure in failures:
+            self.first.setdefault(failure.kind, failure)
 
     def note(self) -> str:
         """For example `12 failed: 10 picture: missing file, 2 caption: empty`."""
-        most = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common(2))
-        more = ", ..." if len(self.reasons) > 2 else ""
-        return f"{self.reasons.total()} failed: {most}{more}" if self.reasons else ""
+        most = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(2))
+        more = ", ..." if len(self.kinds) > 2 else ""
+        return f"{self.kinds.total()} failed: {most}{more}" if self.kinds else ""
 
     def table(self) -> list[str]:
-        """A line a reason, the most frequent first."""
-        return [f"  {count:>6}  {reason}" for reason, count in self.reasons.most_common()]
+        """A line a kind, the most frequent first, with the key of one."""
+        return [f"  {count:>6}  {kind}, such as {self.first[kind].key}" for kind, count in self.kinds.most_common()]
 
     def check(self, limits: Limits) -> None:
         """Raises UserError beyond the limit."""
-        if limits.max_failures is not None and self.reasons.total() > limits.max_failures:
+        if limits.max_failures is not None and self.kinds.total() > limits.max_failures:
             listed = "\n".join(self.table())
             raise UserError(
                 f"stopped: more failures than --max-failures {limits.max_failures}\n{listed}\nMend them and run the "
@@ -102,7 +105,7 @@ class _Post:
     row: int = -1
     since: float = 0.0
     done: int = 0
-    reasons: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
 
 class Supervisor:
@@ -162,12 +165,12 @@ class Supervisor:
             post.row = event.row + 1
             post.since = now if post.row < post.work.stop else math.inf  # writing the shard is no row's fault
             post.done += 1
-            post.reasons += event.reasons
-            self.tally.add(event.reasons)
+            post.failures += event.failures
+            self.tally.add(event.failures)
             self.bar.advance(1, self.tally.note())
             self.tally.check(self.limits)
         elif event.kind == "shard":
-            post.work, post.row, post.since, post.done, post.reasons = None, -1, 0.0, 0, []
+            post.work, post.row, post.since, post.done, post.failures = None, -1, 0.0, 0, []
 
     def _crashed(self, post: _Post, how: str) -> None:
         """A worker has ended: once may be chance or want of memory, twice at one row is the row."""
@@ -189,10 +192,10 @@ class Supervisor:
         given_up = {**post.work.given_up, post.row: reason} if reason else post.work.given_up
         self.todo.appendleft(dataclasses.replace(post.work, given_up=given_up, careful=True))
         self.bar.advance(-post.done)
-        self.tally.reasons -= by_reason(post.reasons)
+        self.tally.kinds -= by_reason(post.failures)
         post.worker.kill()
         post.worker, post.work, post.row = self.hire(post.number), None, -1
-        post.since, post.done, post.reasons = 0.0, 0, []
+        post.since, post.done, post.failures = 0.0, 0, []
 
 
 class _Asked(BaseException):

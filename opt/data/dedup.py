@@ -21,7 +21,8 @@ import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError
-from opt.data.derive import Part, claim, copy_parts
+from opt.data.claim import claim
+from opt.data.derive import Part, copy_parts
 from opt.data.manifest import Receipt
 from opt.data.near_copies import HASHES, find_copies, picture_hash
 from opt.data.shards import ShardReader

@@ -8,20 +8,14 @@ receipt is done. Nothing is decoded, so memory stays flat and features stay as t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from opt.config import UserError, read_json
 from opt.data.manifest import MANIFEST, Manifest, Receipt, read_receipt, write_manifest
 from opt.data.shards import ShardWriter
 from opt.data.stored import StoredShard
-from opt.files import write_atomic
 from opt.progress import progress
-
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -32,23 +26,6 @@ class Part:
     folder: Path
     receipt: Receipt
     dropped: Mapping[int, str] = field(default_factory=dict)
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note in the folder what its shards are made of. Raises UserError when it was begun otherwise."""
-    path = out / SETTINGS
-    if path.exists():
-        before = read_json(path)
-        if not isinstance(before, dict) or before != settings:
-            differ = [name for name in settings if not isinstance(before, dict) or before.get(name) != settings[name]]
-            raise UserError(
-                f"{out} was begun otherwise ({path.name} has another {' and '.join(differ) or 'content'}): give what "
-                "it was begun with, or choose another folder"
-            )
-    elif any(out.glob("*.tar")):
-        raise UserError(f"{out} holds shards without {path.name}, made in another way: choose another folder")
-    else:
-        write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> Manifest:

@@ -23,7 +23,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError, to_dict
-from opt.data.derive import claim
+from opt.data.claim import claim
 from opt.data.encoding import block_padding, member_header, named_arrays
 from opt.data.manifest import shard_name
 from opt.data.record import Record

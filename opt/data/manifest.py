@@ -32,6 +32,12 @@ class Failure:
     key: str
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without numbers and details: `recording 3: missing file (x)` as `recording: missing file`."""
+        part, _, what = self.reason.partition(": ")
+        return f"{part.split(' ')[0]}: {what.partition(' (')[0]}".removesuffix(": ")
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -89,13 +95,9 @@ class Manifest:
         return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def by_reason(reasons: Iterable[str]) -> Counter[str]:
-    """How many there are of each kind, e.g. {"picture: missing file": 3}: numbers and details left out."""
-    kinds: Counter[str] = Counter()
-    for reason in reasons:
-        part, _, what = reason.partition(": ")
-        kinds[f"{part.split(' ')[0]}: {what.partition(' (')[0]}".removesuffix(": ")] += 1
-    return kinds
+def by_reason(failures: Iterable[Failure]) -> Counter[str]:
+    """How many failures there are of each kind, e.g. {"picture: missing file": 3}."""
+    return Counter(failure.kind for failure in failures)
 
 
 def shard_name(number: int) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError
-from opt.data.derive import Part, claim, copy_parts
+from opt.data.claim import claim
+from opt.data.derive import Part, copy_parts
 from opt.data.manifest import Manifest, shard_name
 from opt.data.shards import ShardReader
 from opt.lock import alone

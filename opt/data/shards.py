@@ -29,7 +29,7 @@ from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg
 from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
 from opt.data.stored import INDEX, StoredShard, key_hash
-from opt.files import open_atomic, write_atomic
+from opt.files import open_atomic, sync_folder, write_atomic
 
 WIDTHS = {"regions": "region_width", "speech": "speech_width"}
 """Which width of a shard an array gives."""
@@ -44,8 +44,8 @@ class ShardWriter:
             shard.write(record)
             shard.fail(key, "the picture is broken: ...")
 
-    A shard of that name is replaced, its receipt removed first. `int8` stores region and speech features as int8 with a
-    scale a row (`encoding.quantise`): half the bytes.
+    A shard of that name stays whole until the new one is written, and is replaced then, its receipt first. `int8`
+    stores region and speech features as int8 with a scale a row (`encoding.quantise`): half the bytes.
     """
 
     def __init__(self, folder: Path, name: str, int8: bool = False) -> None:
@@ -60,7 +60,6 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{self.name}.json").unlink(missing_ok=True)
         self._stack = ExitStack()
         self._tar = self._stack.enter_context(open_atomic(self.folder / f"{self.name}.tar"))
         return self
@@ -90,6 +89,8 @@ class ShardWriter:
     ) -> None:
         if kind is None:  # two empty blocks end a tar, filled up to its usual record of 20 blocks
             self._append(bytes(1024 + -(self._offset + 1024) % tarfile.RECORDSIZE))
+            (self.folder / f"{self.name}.json").unlink(missing_ok=True)
+            sync_folder(self.folder)
         self._stack.__exit__(kind, error, trace)
         if kind is None:
             self._finish()

@@ -186,7 +186,7 @@ def _summary(reader: ShardReader) -> Iterator[str]:
     )
     yield f"  features stored as {manifest.storage}"
     yield f"  {len(manifest.failures)} failures"
-    kinds = by_reason(failure.reason for failure in manifest.failures)
+    kinds = by_reason(manifest.failures)
     yield from (f"    {count:>8,}  {reason}" for reason, count in kinds.most_common(SHOWN))
     yield from (f"    {failure.key}: {failure.reason}" for failure in manifest.failures[:SHOWN])
     if not len(reader):

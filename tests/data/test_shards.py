@@ -186,16 +186,27 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
+def test_a_stopped_writer_leaves_what_was_there(tmp_path: Path) -> None:
     stored = records()
     write(tmp_path, [stored])
+    before = read_receipt(tmp_path, "00000")
+    for name in ("00000", "00001"):
+        with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, name) as shard:
+            shard.write(stored[0])
+            raise KeyboardInterrupt
+    assert read_receipt(tmp_path, "00000") == before is not None
+    with pytest.raises(UserError, match="00001 is incomplete"):
+        write_manifest(tmp_path, ["00000", "00001"], {}, (), 0)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_writer_stopped_while_it_replaces_a_shard_leaves_no_receipt(tmp_path: Path, monkeypatch) -> None:
+    stored = records()
+    write(tmp_path, [stored])
+    monkeypatch.setattr("opt.data.shards.write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "00000") as shard:
         shard.write(stored[0])
-        raise KeyboardInterrupt
     assert read_receipt(tmp_path, "00000") is None
-    with pytest.raises(UserError, match="00000 is incomplete"):
-        write_manifest(tmp_path, ["00000"], {}, (), 0)
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_process_killed_while_writing_leaves_no_receipt(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_dry_run_lists_and_the_run_itself_does_not_hash_again(
     dedup(config)
     dedup(config)
     assert len(dropped(tmp_path / "out")) == 7
-    with pytest.raises(UserError, match="another distance"):
+    with pytest.raises(UserError, match="begun with distance 12; now it is distance 3"):
         dedup(dataclasses.replace(config, distance=3))
 
 

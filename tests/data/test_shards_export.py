@@ -104,7 +104,7 @@ def test_an_export_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "shards", [STORED])
     export(ExportConfig("webdataset", tmp_path / "shards", tmp_path / "out"))
-    with pytest.raises(UserError, match="another records"):
+    with pytest.raises(UserError, match="begun with records 1000; now it is records 3"):
         export(ExportConfig("webdataset", tmp_path / "shards", tmp_path / "out", records=3))
     with pytest.raises(UserError, match="--records 0"):
         export(ExportConfig("webdataset", tmp_path / "shards", tmp_path / "out", records=0))

@@ -8,10 +8,11 @@ import pytest
 from jobs import config, contents
 from PIL import Image
 
-from feature_extract import job, work
+from feature_extract import job, options, work
 from feature_extract.extractors import load_extractors
 from feature_extract.job import extract
 from feature_extract.media import read_picture, read_recording
+from feature_extract.profiles import PROFILES
 from opt import cli
 from opt.config import UserError
 from opt.data.manifest import read_manifest
@@ -106,6 +107,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
         return make(*given)
 
     monkeypatch.setattr(work, "make_record", stop_at_the_fifth)
+    monkeypatch.setattr(job, "_forecast", lambda *_: "")
     with pytest.raises(KeyboardInterrupt):
         extract(config(corpus, tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == ["00000.json", "00000.npy", "00000.tar", "settings.json"]
@@ -120,7 +122,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"max_regions": 5}, "--max-regions 36, now it is --max-regions 5"), ({"jpeg": False}, "--jpeg True"),
+    [({"max_regions": 5}, "--max-regions 36; now it is --max-regions 5"), ({"jpeg": False}, "begun with --jpeg; now it is --no-jpeg"),
      ({"shard_size": 4}, "--shard-size 3"), ({"audio": "none"}, "now it is --audio none")],
 )
 def test_other_settings_need_another_folder(corpus, tmp_path, change, said):
@@ -217,7 +219,7 @@ def test_captions_that_are_too_long_are_failures_of_their_record(corpus, tmp_pat
     assert failure.key == "p5" and "words = 70000" in failure.reason
 
 
-@pytest.mark.parametrize("name", job.names())
+@pytest.mark.parametrize("name", options.names())
 def test_every_source_has_options_of_its_own_that_clash_with_none(name, capsys):
     assert cli.main(["extract", name, "--help"]) == 0
     assert "--out" in capsys.readouterr().out
@@ -225,14 +227,14 @@ def test_every_source_has_options_of_its_own_that_clash_with_none(name, capsys):
 
 @pytest.mark.parametrize(("profile", "int8"), [("full", False), ("standard", False), ("compact", True)])
 def test_a_profile_sets_what_is_stored(profile, int8):
-    kind, begin = job.ExtractConfig.prepare(["localized-narratives", "x", "--profile", profile])
-    assert begin.int8 == int8 and begin.speech.max_frames == job.PROFILES[profile]["max_frames"]
+    kind, begin = options.ExtractConfig.prepare(["localized-narratives", "x", "--profile", profile])
+    assert begin.int8 == int8 and begin.speech.max_frames == PROFILES[profile]["max_frames"]
     assert begin.name == "localized-narratives" and begin.source.split == "train"
 
 
 def test_profiles_store_what_they_say(corpus, tmp_path):
     sizes = {}
-    for profile, stored in job.PROFILES.items():
+    for profile, stored in PROFILES.items():
         extract(config(corpus, tmp_path / profile, jpeg=False, **stored))
         reader = ShardReader(tmp_path / profile)
         sizes[profile] = sum(receipt.bytes for receipt in reader.manifest.shards)
@@ -251,7 +253,7 @@ def test_questions_of_the_source_lie_beside_the_shards(tmp_path):
     entry = {"identifier": "dev-1-0-0", "sentence": "Both are red.", "label": "True", "left_url": "a", "right_url": "b"}
     (tmp_path / "corpus" / "dev.json").write_text(json.dumps(entry) + "\n")
     settings = vars(config(tmp_path, tmp_path / "out", audio="none"))
-    extract(job.ExtractConfig(**settings | {"name": "nlvr2", "source": nlvr2.Source(tmp_path / "corpus", "dev")}))
+    extract(options.ExtractConfig(**settings | {"name": "nlvr2", "source": nlvr2.Source(tmp_path / "corpus", "dev")}))
     reader = ShardReader(tmp_path / "out")
     assert len(reader.record(0).pictures) == 2 and reader.sample(0).caption == "Both are red."
     (question,) = read_questions(tmp_path / "out" / "questions.jsonl")

@@ -24,7 +24,7 @@ from feature_extract.runners.static import Share, share
 from feature_extract.runners.supervise import Event, Limits, Supervisor, Tally
 from feature_extract.work import WorkItem
 from opt.config import RunAgain, UserError
-from opt.data.manifest import read_manifest
+from opt.data.manifest import Failure, read_manifest
 from opt.data.shards import ShardReader
 from opt.data.stored import StoredShard
 from opt.progress import progress
@@ -93,7 +93,7 @@ def test_one_share_leaves_the_rest_to_the_others(corpus, tmp_path, whole, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     extract(config(corpus, tmp_path / "out", runner="static"))
-    assert "share 1 of 2 is done; 2 of 3 shards are with the other shares" in capsys.readouterr().out
+    assert "the share of rank 1 (of 2) is done; 2 of 3 shards are with the others" in capsys.readouterr().out
     with pytest.raises(UserError, match="has not ended"):
         read_manifest(tmp_path / "out")
     extract(config(corpus, tmp_path / "out"))
@@ -299,8 +299,9 @@ def test_retrying_does_only_what_failed(corpus, tmp_path, whole, monkeypatch):
     broken.write_bytes(content)
     extract(config(corpus, tmp_path / "out"))
     assert len(read_manifest(tmp_path / "out").failures) == 1
-    from feature_extract import work
+    from feature_extract import job, work
 
+    monkeypatch.setattr(job, "_forecast", lambda *_: "")
     read, done = work.read_media, []
     monkeypatch.setattr(work, "read_media", lambda item, *given: done.append(item.key) or read(item, *given))
     extract(config(corpus, tmp_path / "out", retry_failed=True))
@@ -331,9 +332,10 @@ def test_too_many_failures_stop_the_job(corpus, tmp_path, workers):
 
 def test_the_tally_says_what_fails_most():
     tally = Tally()
-    tally.add(["picture 0: missing file", "recording 2: broken recording (x)", "picture 1: missing file"])
-    tally.add(["caption 0: empty"])
+    reasons = ["picture 0: missing file", "recording 2: broken recording (x)", "picture 1: missing file"]
+    tally.add([Failure(f"k{number}", reason) for number, reason in enumerate([*reasons, "caption 0: empty"])])
     assert tally.note() == "4 failed: 2 picture: missing file, 1 recording: broken recording, ..."
+    assert tally.table()[0] == "       2  picture: missing file, such as k0"
 
 
 def test_a_full_disk_is_a_clear_error_and_costs_only_the_shard(corpus, tmp_path, whole, monkeypatch):
@@ -349,7 +351,7 @@ def test_a_full_disk_is_a_clear_error_and_costs_only_the_shard(corpus, tmp_path,
         fsync(descriptor)
 
     monkeypatch.setattr(opt.files.os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*0000\d\.(tar|npy|json)'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out(/0000\d\.(tar|npy|json))?'"):
         extract(config(corpus, tmp_path / "out"))
     monkeypatch.undo()
     assert not list((tmp_path / "out").glob(".*.tmp"))

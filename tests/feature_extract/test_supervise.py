@@ -6,6 +6,7 @@ from feature_extract.runners import supervise
 from feature_extract.runners.supervise import Event, Limits, Supervisor, Tally
 from feature_extract.work import WorkItem
 from opt.config import UserError
+from opt.data.manifest import Failure
 
 
 class Told:
@@ -28,7 +29,7 @@ class Told:
                 self.how = "signal SIGKILL"
                 return
             if row < work.stop:
-                self.said.append(Event("row", row, ("picture 0: missing file",) if row == 2 else ()))
+                self.said.append(Event("row", row, (Failure("k", "picture 0: missing file"),) if row == 2 else ()))
         self.written[work.name] = work.given_up
         self.said.append(Event("shard"))
 
@@ -66,7 +67,7 @@ def run(workers: int = 2, row_seconds: float = 60.0) -> tuple[int, Tally]:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_all_shards_are_done_once(workers):
     done, tally = run(workers)
-    assert done == 8 and Told.written == {"00000": {}, "00001": {}} and tally.reasons == {"picture: missing file": 1}
+    assert done == 8 and Told.written == {"00000": {}, "00001": {}} and tally.kinds == {"picture: missing file": 1}
 
 
 def test_one_death_is_chance():
@@ -79,7 +80,7 @@ def test_a_row_that_kills_again_is_given_up_and_failures_are_counted_once():
     Told.deadly[3] = 100
     done, tally = run()
     assert done == 8 and Told.written == {"00000": {3: "ended its worker process (signal SIGKILL)"}, "00001": {}}
-    assert tally.reasons == {"picture: missing file": 1}
+    assert tally.kinds == {"picture: missing file": 1}
 
 
 def test_two_deadly_rows_of_a_shard_are_both_given_up():
