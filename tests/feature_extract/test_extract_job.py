@@ -122,8 +122,8 @@ def test_a_stopped_job_goes_on_and_ends_the_same(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"max_regions": 5}, "--max-regions 36; now it is --max-regions 5"), ({"jpeg": False}, "begun with --jpeg; now it is --no-jpeg"),
-     ({"shard_size": 4}, "--shard-size 3"), ({"audio": "none"}, "now it is --audio none")],
+    [({"max_regions": 5}, "--max-regions 36; now it is --max-regions 5"), ({"audio": "none"}, "now it is --audio none"),
+     ({"shard_size": 4, "jpeg": False}, "with --shard-size 3, --jpeg; now it is --shard-size 4, --no-jpeg: ")],
 )
 def test_other_settings_need_another_folder(corpus, tmp_path, change, said):
     extract(config(corpus, tmp_path / "out", codes="none"))
@@ -166,6 +166,30 @@ def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "run", second)
     with pytest.raises(KeyboardInterrupt):
         extract(config(corpus, tmp_path / "out"))
+
+
+def test_dry_run_says_what_the_job_would_say(corpus, tmp_path, capsys):
+    extract(config(corpus, tmp_path / "out", codes="none"))
+    with pytest.raises(UserError, match="begun with --codes none"):
+        extract(config(corpus, tmp_path / "out", dry_run=True))
+    for path in (corpus / "images").iterdir():
+        path.unlink()
+    extract(config(corpus, tmp_path / "other", dry_run=True))
+    said = capsys.readouterr().out
+    assert "none of the 8 rows tried can be used" in said and "8  picture: missing file, such as p0" in said
+
+
+def test_folders_that_cannot_be_written_to_are_refused(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        extract(config(corpus, tmp_path / "file"))
+    with pytest.raises(UserError, match="is the corpus itself"):
+        extract(config(corpus, corpus))
+
+
+def test_no_source_at_all_is_a_usage_error(capsys):
+    assert cli.main(["extract"]) == 2 and cli.main(["extract", "nothing-like-it", "x", "--out", "y"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(corpus, tmp_path, capsys):

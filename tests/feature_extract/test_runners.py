@@ -185,6 +185,12 @@ def test_the_clock_of_a_row_does_not_run_while_the_shard_is_written():
     assert len(hired) == 1 and bar.done == 3
 
 
+def test_a_file_that_ends_its_process_ends_no_job_before_it_begins(corpus, tmp_path, whole, monkeypatch, capsys):
+    monkeypatch.setattr(local, "_weigh", evil_worker.end_at_once)
+    extract(config(corpus, tmp_path / "out", workers=1))
+    assert "what a row weighs is not known" in capsys.readouterr().out and contents(tmp_path / "out") == whole
+
+
 def test_a_worker_killed_by_chance_costs_nothing(corpus, tmp_path, whole):
     killed = []
 
