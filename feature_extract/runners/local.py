@@ -67,13 +67,14 @@ class LocalWorker:
 
 
 def work_until_killed(setup: Setup, number: int, ours: Connection) -> None:
-    """The life of worker `number`: networks, then one work item after the other."""
+    """The life of worker `number`: networks, then one work item after the other, until the parent ends it or ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     device = device_of(number, setup.device, torch.cuda.device_count())
     networks = functools.cache(lambda: reopen(setup.extractors, device))
-    while True:
-        do(ours.recv(), networks, setup, lambda event: ours.send(event))
+    with suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
+            do(ours.recv(), networks, setup, lambda event: ours.send(event))
 
 
 def begin(target: Callable[..., None], *given: Any) -> tuple[BaseProcess, Connection]:

@@ -22,7 +22,7 @@ from feature_extract.job import extract
 from feature_extract.runners import local
 from feature_extract.runners.static import Share, share
 from feature_extract.runners.supervise import Event, Limits, Supervisor, Tally
-from feature_extract.work import WorkItem
+from feature_extract.work import Setup, WorkItem, one_thread
 from opt.config import RunAgain, UserError
 from opt.data.manifest import Failure, read_manifest
 from opt.data.shards import ShardReader
@@ -286,6 +286,14 @@ def test_sigterm_before_and_after_the_work_asks_to_be_run_again(corpus, tmp_path
     monkeypatch.undo()
     extract(config(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_worker_whose_parent_has_gone_ends_in_silence(monkeypatch):
+    monkeypatch.setattr(local, "_end_with_parent", lambda: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    with one_thread():
+        local.work_until_killed(Setup(None, None, None, {}, "cpu", True, False), 0, theirs)
 
 
 def test_sigterm_while_workers_are_started_is_heard(corpus, tmp_path, monkeypatch):
