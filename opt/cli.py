@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import io
 import os
 import select
 import sys
@@ -63,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     What the file system refuses (a full disk, a folder that cannot be written) is answered as a mistake is.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show ends no verb
+            stream.reconfigure(errors="backslashreplace")
     if argv == ["--version"]:
         print(f"opt {opt.__version__}")
         return 0
@@ -79,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         except SystemExit as ended:  # the parser has shown the help text or said what is wrong with the options
             return 2 if ended.code else 0
         function(config)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # nobody gave us one
+            sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

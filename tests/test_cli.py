@@ -1,5 +1,6 @@
 """The command line: verbs found, options parsed, mistakes answered in one line."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -222,3 +223,13 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
 @pytest.mark.parametrize("name", list(cli.VERBS))
 def test_every_verb_exists_and_takes_one_dataclass(name):
     assert cli.main([*name.split(), "--help"]) == 0
+
+
+@pytest.mark.parametrize(("redirect", "environment"), [(">&-", {}), ("", {"PYTHONIOENCODING": "ascii"})])
+def test_no_output_and_poor_output_end_no_verb(tmp_path, redirect, environment):
+    (tmp_path / "über.txt").write_text("ein Kreis\n")
+    command = (f"{sys.executable} -m opt extract text {tmp_path}/über.txt --out {tmp_path}/aus_über --workers 0 "
+               f"--regions none --audio none --codes none {redirect}")
+    ran = subprocess.run(command, shell=True, env={**os.environ, **environment}, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert (tmp_path / "aus_über" / "manifest.json").exists() and b"Traceback" not in ran.stderr

@@ -21,7 +21,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError
-from opt.data.claim import claim
+from opt.data.claim import check_claim, claim
 from opt.data.derive import Part, copy_parts
 from opt.data.manifest import Receipt
 from opt.data.near_copies import HASHES, find_copies, picture_hash
@@ -64,16 +64,15 @@ def dedup(config: DedupConfig) -> None:
     reader, *tests = (ShardReader(folder) for folder in (config.folder, *config.against))
     if any(reader.fingerprint == test.fingerprint for test in tests):
         raise UserError(f"{config.folder} is one of those it is to be cleared of; name the test folders --against")
+    settings = {"source": "opt shards dedup", "folder": reader.fingerprint, "distance": config.distance,
+                "against": [test.fingerprint for test in tests]}  # fmt: skip
     with alone(config.out):
-        if not config.dry_run:
-            claim(config.out, {
-                "source": "opt shards dedup", "folder": reader.fingerprint, "distance": config.distance,
-                "against": [test.fingerprint for test in tests],
-            })  # fmt: skip
+        check_claim(config.out, settings)
         _hash_all(config, [reader, *tests])
         find = TestPictures(config.out, tests, config.distance)
         parts = [Part(receipt.name, reader.folder, receipt, find.copies(receipt)) for receipt in reader.manifest.shards]
         if not config.dry_run:
+            claim(config.out, settings)
             copy_parts(config.out, parts, reader.manifest, "dedup")
     if config.dry_run:
         for part in parts:
