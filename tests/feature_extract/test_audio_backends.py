@@ -21,14 +21,6 @@ WAVEFORM = np.random.default_rng(0).normal(size=16_000).astype(np.float32)
 FAMILIES = ("wav2vec2", "hubert", "wavlm")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(family: str, large: bool = False, kind: Any = AutoModel) -> Any:
     """An untrained network of a family, in the style of its base or large one."""
     torch.manual_seed(0)

@@ -19,14 +19,6 @@ SETTINGS = {"frames_per_second": 0, "max_frames": 0}
 """Frames as the network gives them."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def speech_like(seconds: float) -> np.ndarray:
     """Noise that comes and goes, at 3 syllables a second, and grows louder: a mean over time is not that of a part."""
     time = np.arange(round(seconds * RATE)) / RATE

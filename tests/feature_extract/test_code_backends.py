@@ -22,14 +22,6 @@ from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(256, size=(120, 160, 3), dtype=np.uint8))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["dvae", "dalle"])
 def word(request, tmp_path) -> str:
     """A small untrained network of either kind in a file, as the command line names it."""

@@ -26,14 +26,6 @@ CLASSES, ATTRIBUTES = 9, 7
 SMALL = "short_side=160,long_side=260,proposals=40"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def picture(seed=0, size=(220, 160)):
     coarse = np.random.default_rng(seed).integers(256, size=(8, 11, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

@@ -15,14 +15,6 @@ from opt.config import UserError
 BUILDER = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def save_detector(builder, path, **sizes):
     """An untrained detector of five classes whose scores are spread, with its names, as a user would have them."""
     torch.manual_seed(0)
