@@ -31,7 +31,7 @@ from feature_extract.fetch import PATIENCE, DamagedError, FetchError, Patience, 
 from opt.config import UserError
 from opt.files import make_folder, open_atomic, write_atomic
 from opt.lock import alone
-from opt.progress import progress
+from opt.progress import in_bytes, progress
 
 ANNOTATIONS = "https://storage.googleapis.com/localized-narratives/annotations"
 RECORDINGS = "https://storage.googleapis.com/localized-narratives/voice-recordings"
@@ -164,7 +164,7 @@ def _say_cost(config: DownloadConfig, folder: Path, known: dict[str, int], patie
     share = pictures / max(1, len(seen))
     print(
         f"Open Images, {config.split}: {pictures:,} pictures and about {round(share * len(spoken)):,} recordings, "
-        f"about {_readable(share * sampled)} with the annotations (judged by the first {len(seen)} pictures)"
+        f"about {in_bytes(share * sampled)} with the annotations (judged by the first {len(seen)} pictures)"
     )
     return int(share * sampled)
 
@@ -175,7 +175,7 @@ def _refuse_full_disk(config: DownloadConfig, whole: int, receipts: Receipts) ->
     to_come, free = whole - kept - sum(receipts.bytes.values()), shutil.disk_usage(config.out).free
     if to_come > free:
         raise UserError(
-            f"--out {config.out}: about {_readable(to_come)} are still to come and {_readable(free)} are free; "
+            f"--out {config.out}: about {in_bytes(to_come)} are still to come and {in_bytes(free)} are free; "
             "choose a smaller --n or another folder"
         )
 
@@ -193,12 +193,3 @@ def _report(config: DownloadConfig, outcome: Outcome, wanted: int) -> None:
             f"{wanted - outcome.there:,} files are missing, most of which another run may get{stopped} "
             f"({outcome.summary()}); run the same command again"
         )
-
-
-def _readable(count: float) -> str:
-    """Bytes as `1.2 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

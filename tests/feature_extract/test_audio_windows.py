@@ -157,14 +157,14 @@ def test_a_recording_is_the_same_alone_and_among_others():
 
 
 def test_ten_minutes_need_no_more_memory_than_a_window():
-    """Heard whole, the first convolution alone would make 200 MB of this recording, several times over."""
+    """The recording itself and its features are 40 MB, in several copies; heard whole it takes 650 MB."""
     extractor = load("tiny", AudioSettings(window_seconds=8, context_seconds=1, max_seconds=600), "cpu")
     extractor(speech_like(16))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     speech = extractor(speech_like(600))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert speech.features.shape == (256, 192) and speech.seconds == 600
-    assert grown < 250, f"{grown:.0f} MB more"
+    assert grown < 400, f"{grown:.0f} MB more"
 
 
 @pytest.mark.parametrize(
