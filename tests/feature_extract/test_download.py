@@ -302,13 +302,13 @@ def test_a_dry_run_writes_nothing(web, tmp_path, capsys):
     download(config(tmp_path, 0, dry_run=True), QUICK)
     assert not (tmp_path / "corpus").exists()
     said = capsys.readouterr().out
-    assert "train: 507,444 pictures" in said and "GB with the annotations (judged by the first 16 pictures)" in said
+    assert "train: 24 pictures" in said and "GB with the annotations (judged by the first 16 pictures)" in said
     assert not [asked for asked in gets(web) if "annotations" not in asked]
 
 
 def test_a_disk_that_is_too_small_is_said_before(web, tmp_path, monkeypatch):
     monkeypatch.setattr(open_images.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
-    with pytest.raises(UserError, match="still to come and 1 kB are free; choose a smaller --n"):
+    with pytest.raises(UserError, match="still to come and 1.0 kB are free; choose a smaller --n"):
         download(config(tmp_path), QUICK)
     assert not [asked for asked in gets(web) if "annotations" not in asked]
 
