@@ -302,7 +302,7 @@ def test_a_dry_run_writes_nothing(web, tmp_path, capsys):
     download(config(tmp_path, 0, dry_run=True), QUICK)
     assert not (tmp_path / "corpus").exists()
     said = capsys.readouterr().out
-    assert "train: 24 pictures" in said and "GB with the annotations (judged by the first 16 pictures)" in said
+    assert "train: 24 pictures" in said and "MB with the annotations (judged by the first 16 pictures)" in said
     assert not [asked for asked in gets(web) if "annotations" not in asked]
 
 
