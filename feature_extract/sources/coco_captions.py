@@ -28,6 +28,7 @@ from feature_extract.sources.reading import (
     load_json,
     split_file,
 )
+from opt.config import UserError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Source:
         whole = self.corpus / "captions.json"
         if whole.is_file() and self.split == "train":
             return whole, "images"
+        if whole.is_file() and not (self.corpus / "annotations").is_dir():
+            raise UserError(f"{self.corpus}: --split {self.split}: captions.json is all there is; say --split train")
         return split_file(self.corpus, "annotations/captions_{}.json", self.split)
 
 
