@@ -30,7 +30,8 @@ class ExtractConfig(Generic[AnySource]):
     """What to extract, with which networks, and where to."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """Which layout the corpus has: localized_narratives, coco_captions, table, folder, ... (docs/sources.md). With
+    """Which layout the corpus has: localized_narratives, coco_captions, karpathy, flickr_audio, conceptual_captions,
+    visual_genome, vqa_v2, nlvr2, transcripts, class_folders, folder, table or text (docs/sources.md). Named before
     --help, it shows its own options, too."""
     source: tyro.conf.OmitArgPrefixes[AnySource]
     out: Path
