@@ -136,14 +136,14 @@ def extract_row(media: Media | BadRow, extractors: Extractors) -> tuple[Record |
 def ahead(read: Callable[[Row], Media | BadRow], rows: Sequence[Row], most: int) -> Iterator[Media | BadRow]:
     """`read` of every row in order, at most `most` ahead of the consumer, in threads: decoders release the interpreter.
 
-    What waits holds at most READ_AHEAD_BYTES and the rows being read.
+    What waits holds at most READ_AHEAD_BYTES and READERS rows more.
     """
     threads = ThreadPoolExecutor(READERS)
     waiting: deque[Future[Media | BadRow]] = deque()
     remaining = iter(rows)
     try:
         while True:
-            while len(waiting) <= most and _held(waiting) <= READ_AHEAD_BYTES:
+            while len(waiting) <= most and _has_room(waiting):
                 row = next(remaining, None)
                 if row is None:
                     break
@@ -155,10 +155,11 @@ def ahead(read: Callable[[Row], Media | BadRow], rows: Sequence[Row], most: int)
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _held(waiting: deque[Future[Media | BadRow]]) -> int:
-    """Bytes of decoded pictures and sound that wait."""
+def _has_room(waiting: deque[Future[Media | BadRow]]) -> bool:
+    """Whether a reader is free, and what waits holds no more than it may. What a row holds is known when it is read."""
     done = [future.result() for future in waiting if future.done()]
-    return sum(media.size for media in done if isinstance(media, Media))
+    held = sum(media.size for media in done if isinstance(media, Media))
+    return len(waiting) - len(done) < READERS and held <= READ_AHEAD_BYTES
 
 
 @contextmanager

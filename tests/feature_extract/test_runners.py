@@ -304,6 +304,17 @@ def test_sigterm_while_workers_are_started_is_heard(corpus, tmp_path, monkeypatc
         extract(config(corpus, tmp_path / "out", regions="none", audio="none", codes="none", workers=2))
 
 
+def test_retrying_mends_a_record_of_which_a_part_was_lost(corpus, tmp_path, whole):
+    recording = corpus / "voice" / "train" / "r4.flac"
+    content = recording.read_bytes()
+    recording.unlink()
+    extract(config(corpus, tmp_path / "out"))
+    assert record_bytes(tmp_path / "out").keys() == record_bytes(tmp_path / "whole").keys()
+    recording.write_bytes(content)
+    extract(config(corpus, tmp_path / "out", retry_failed=True))
+    assert contents(tmp_path / "out") == whole
+
+
 def test_retrying_does_only_what_failed(corpus, tmp_path, whole, monkeypatch):
     broken = corpus / "images" / "p4.jpg"
     content = broken.read_bytes()
