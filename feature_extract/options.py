@@ -72,7 +72,8 @@ class ExtractConfig(Generic[AnySource]):
     @classmethod
     def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
         """The type and values to begin with: the source's own options, and the profile's settings."""
-        name = next((word for word in argv if module_name(word) in names()), "localized_narratives")
+        known = names()
+        name = next((word for word in argv if module_name(word) in known), "localized_narratives")
         kind = importlib.import_module(f"{sources.__name__}.{module_name(name)}").Source
         chosen = [after for word, after in itertools.pairwise(argv) if word == "--profile"]
         chosen += [word.partition("=")[2] for word in argv if word.startswith("--profile=")]
