@@ -12,16 +12,34 @@ class LoopConfig:
 
     steps: int = 1000
     batch_tokens: int = 8192
-    """Tokens of one batch: as many samples as fit (gap A16)."""
+    """Tokens of one step's batch, over all processes and micro-batches: as many samples as fit (gap A16)."""
+    accumulate: int = 1
+    """Micro-batches of a step: their gradients are summed before the weights move, and each needs memory for itself.
+    Negatives of contrast come from one micro-batch, over all processes."""
+    multiple: int = 8
+    """Rows of a batch come in multiples of this, which processes x accumulate must divide. It fixes the data order, so
+    that a run may go on with another number of processes."""
     seed: int = 0
     precision: str = "auto"
-    """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32."""
+    """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32. Losses and weights are float32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes (torchrun): ddp keeps the whole model in each; fsdp a share of weights, gradients and moments."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the transformer blocks: on CUDA (auto), always, or never."""
     workers: int = 1
-    """Processes that read and pack batches."""
+    """Processes that read and pack batches, for each training process."""
     log_every: int = 10
     save_every: int = 200
     keep: int = 2
     """Checkpoints kept."""
+    max_skipped: int = 10
+    """A step whose loss or gradient is not finite moves nothing and is named; so many in a row end the run."""
+    validate_every: int = 0
+    """Steps between validations on the held-out shards; 0: none."""
+    validate_batches: int = 16
+    """Batches of a validation, always the same ones."""
+    patience: int = 0
+    """Validations without a better loss after which the run ends early; 0: it never does."""
 
 
 @dataclass(frozen=True)
