@@ -57,7 +57,7 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
     loop = preset.loop.__class__(steps=preset.loop.steps, batch_tokens=tokens, workers=0)
     trainer = Trainer(system, reader, folder / "run", loop, preset.optim)
     loader = Loader(reader, trainer.plan(), system.preparer(), workers=0)
-    full = [batch for batch, _ in islice(loader, 6) if all(float(count) > 0 for count in batch.counts.values())]
+    full = [batch for (batch,), _ in islice(loader, 6) if all(float(count) > 0 for count in batch.counts.values())]
     batch = max(full, key=lambda batch: batch.tokens).to(trainer.device)  # an epoch's last batch is smaller
     before = memory(trainer.device)
     losses, seconds, wall = [], [], []

@@ -1,9 +1,10 @@
-"""Loader: plan + shards + a system's preparer -> prepared batches. Position in, position out.
+"""Loader: plan + shards + a system's preparer -> a step's prepared micro-batches. Position in, position out.
 
-    Plan.batches --split--> rows of this rank --workers: read samples, prepare--> (batch, next position), in order
+    Plan.batches --split--> rows of this rank's micro-batches --workers: read samples, prepare--> in order, a step's
+    together: (micro-batches, next position)
 
-The parent names each batch and a worker makes it from that name alone, so the number of workers changes nothing, and
-there is no worker state to save.
+The parent names each micro-batch and a worker makes it from that name alone, so the number of workers changes nothing,
+and there is no worker state to save.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ class Prepare(Protocol):
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan, /) -> Any: ...
 
 
-
 # Workers are forked where that is sound: they share the parent's modules and index at once, while a spawned worker
 # imports torch anew (5 s of a core). They touch neither CUDA nor thread pools, which do not survive a fork.
 START = "fork" if sys.platform == "linux" else "spawn"
@@ -52,11 +52,11 @@ class Failed:
 
 
 class Loader:
-    """Iterates (batch, next position) without end, from `position` on.
+    """Iterates (micro-batches of a step, position after the step) without end, from `position` on.
 
     preparer: called in workers with the distinct samples of the rows and of their partners, by number, and the rows of
-    this rank; what it returns holds CPU tensors only. prefetch: batches that each worker prepares ahead.
-    pin_memory: hand out page-locked tensors, for CUDA. `waited`: seconds spent waiting for batches so far.
+    this rank in one micro-batch; what it returns holds CPU tensors only. prefetch: steps that each worker prepares
+    ahead. pin_memory: hand out page-locked tensors, for CUDA. `waited`: seconds spent waiting for batches so far.
     Iterating raises UserError for damaged shards, RuntimeError naming the sample where the preparer fails.
     """
 
@@ -68,36 +68,50 @@ class Loader:
         position: int = 0,
         rank: int = 0,
         world: int = 1,
+        micro_batches: int = 1,
         workers: int = 2,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        if plan.multiple % world:
-            raise UserError(f"batches in groups of {plan.multiple} rows do not split among {world} processes")
+        _check_split(plan.multiple, world, micro_batches)
         if workers < 0:
             raise UserError(f"{workers} workers: must be at least 0 (0 prepares batches in the training process)")
-        self.plan, self.position, self.rank, self.world = plan, position, rank, world
+        self.plan, self.position = plan, position
+        self.rank, self.world, self.micro_batches = rank, world, micro_batches
         self.waited = 0.0
         self._loader = DataLoader(
-            _Batches(reader, preparer),
+            _MicroBatches(reader, preparer),
             batch_size=None,
             sampler=_Rows(self),
             num_workers=workers,
             multiprocessing_context=START if workers else None,
-            prefetch_factor=prefetch if workers else None,
+            prefetch_factor=prefetch * micro_batches if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_leave_signals_to_the_parent,
         )
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        began = time.perf_counter()
+    def __iter__(self) -> Iterator[tuple[list[Any], int]]:
+        began, step = time.perf_counter(), []
         for structure, content, position in self._loader:
             if isinstance(structure, Failed):
                 raise (UserError if structure.for_user else RuntimeError)(structure.message)
-            batch = _Unpacker(structure, content).load()
-            self.waited += time.perf_counter() - began
-            yield batch, position
-            began = time.perf_counter()
+            step.append(_Unpacker(structure, content).load())
+            if len(step) == self.micro_batches:
+                self.waited += time.perf_counter() - began
+                yield step, position
+                began, step = time.perf_counter(), []
+
+
+def _check_split(multiple: int, world: int, micro_batches: int) -> None:
+    """Raises UserError where processes and micro-batches would get unequally many rows."""
+    if micro_batches < 1:
+        raise UserError(f"--loop.accumulate {micro_batches}: a step has at least 1 micro-batch")
+    if multiple % (world * micro_batches):
+        raise UserError(
+            f"rows in groups of {multiple} (--loop.multiple) do not split among {world} processes x {micro_batches} "
+            f"micro-batches (--loop.accumulate); set --loop.multiple to a multiple of {world * micro_batches}, or go "
+            f"on with a number of processes and an --loop.accumulate whose product divides {multiple}"
+        )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -107,18 +121,21 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 class _Rows:
-    """The batches of one rank as the loader's sampler: what workers are asked for, in order."""
+    """The micro-batches of one rank as the loader's sampler: what workers are asked for, in order."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        for batch in self.loader.plan.batches(self.loader.position):
-            yield split(batch, self.loader.rank, self.loader.world)
+        asked = self.loader
+        for batch in asked.plan.batches(asked.position):
+            for micro in range(asked.micro_batches):
+                yield split(batch, asked.rank, asked.world, micro, asked.micro_batches)
 
 
-class _Batches(Dataset[Any]):
-    """What a worker does: a named batch -> its samples -> the prepared batch, packed, and the position after it."""
+class _MicroBatches(Dataset[Any]):
+    """What a worker does: named rows -> their samples -> the prepared batch, packed, and the position after the step.
+    """
 
     def __init__(self, reader: ShardReader, preparer: Prepare) -> None:
         self.reader, self.preparer = reader, preparer

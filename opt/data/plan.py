@@ -7,7 +7,7 @@
     batch       consecutive groups up to the budget of tokens; the batches of an epoch come in random order
     row         a sample, its task, its swap partners, its rng key
 
-All of it is global: ranks take rows rank::world of the same batches. Resuming is a number.
+All of it is global: processes and micro-batches take every so-manieth row of the same batches. Resuming is a number.
 Shape legend: n samples, B rows.
 """
 
@@ -176,11 +176,18 @@ class Plan:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, *purpose))))
 
 
-def split(batch: BatchPlan, rank: int, world: int) -> BatchPlan:
-    """The rows of process `rank` of `world`: rank::world of the global batch."""
-    if len(batch) % world:
-        raise ValueError(f"{len(batch)} rows do not split among {world} processes; Plan's multiple must be theirs too")
-    rows = slice(rank, None, world)
+def split(batch: BatchPlan, rank: int, world: int, micro: int = 0, micros: int = 1) -> BatchPlan:
+    """The rows of process `rank` of `world` in micro-batch `micro` of `micros`.
+
+    A micro-batch is rows micro::micros of the global batch, whatever the number of processes; each process takes every
+    world-th of them.
+    """
+    if len(batch) % (world * micros):
+        raise ValueError(
+            f"{len(batch)} rows do not split among {world} processes x {micros} micro-batches; Plan's multiple must be "
+            "theirs too"
+        )
+    rows = slice(micro + rank * micros, None, world * micros)
     return replace(
         batch, sample=batch.sample[rows], task=batch.task[rows], partners=batch.partners[rows], key=batch.key[rows]
     )

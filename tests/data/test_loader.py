@@ -67,7 +67,7 @@ def plan(reader: ShardReader) -> Plan:
 
 
 def take(loader: Loader, count: int) -> list[tuple[list[float], list[int], int]]:
-    return [(b["value"].tolist(), b["sample"].tolist(), position) for b, position in islice(loader, count)]
+    return [(b["value"].tolist(), b["sample"].tolist(), position) for (b,), position in islice(loader, count)]
 
 
 def test_workers_change_nothing(reader: ShardReader) -> None:
@@ -85,10 +85,26 @@ def test_ranks_read_their_rows(reader: ShardReader) -> None:
     for (values, samples, position), *halves in zip(whole, *parts, strict=True):
         for rank, half in enumerate(halves):
             assert half == (values[rank::2], samples[rank::2], position)
-    with pytest.raises(UserError, match="do not split among 3"):
+    with pytest.raises(UserError, match="--loop.multiple.*do not split among 3 processes x 1 micro-batches.*--loop.accumulate"):
         Loader(reader, plan(reader), Preparer(), world=3)
     with pytest.raises(UserError, match="-1 workers"):
         Loader(reader, plan(reader), Preparer(), workers=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_micro_batches_of_all_ranks_make_up_the_batch(reader: ShardReader, workers: int) -> None:
+    whole = take(Loader(reader, plan(reader), Preparer(), workers=0), 5)
+    for world, micros in [(1, 2), (2, 2), (1, 4), (4, 1)]:
+        ranks = [
+            list(islice(Loader(reader, plan(reader), Preparer(), 0, rank, world, micros, workers), 5))
+            for rank in range(world)
+        ]
+        for (values, samples, position), *parts in zip(whole, *ranks, strict=True):
+            for rank, (batches, after) in enumerate(parts):
+                assert after == position and len(batches) == micros
+                for micro, batch in enumerate(batches):
+                    assert batch["value"].tolist() == values[micro::micros][rank::world]
+                    assert batch["sample"].tolist() == samples[micro::micros][rank::world]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -105,7 +121,7 @@ def test_errors_name_the_sample(reader: ShardReader, workers: int) -> None:
 def test_workers_use_one_thread_and_end(reader: ShardReader) -> None:
     loader = Loader(reader, plan(reader), Preparer(), workers=2)
     batches = iter(loader)
-    batch, _ = next(batches)
+    (batch,), _ = next(batches)
     assert int(batch["threads"]) == 1 and len(multiprocessing.active_children()) == 2
     batches.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 5
@@ -118,7 +134,7 @@ def test_many_tensors_need_few_open_files(reader: ShardReader) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
     try:
-        for batch, _ in islice(Loader(reader, plan(reader), ManyTensors(), workers=2), 12):
+        for (batch,), _ in islice(Loader(reader, plan(reader), ManyTensors(), workers=2), 12):
             assert len(batch["many"]) == 300
             for number, tensor in enumerate(batch["many"]):
                 assert torch.equal(tensor, torch.full((number % 7, 3), number, dtype=tensor.dtype))
