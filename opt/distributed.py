@@ -1,10 +1,28 @@
-"""Several processes, one batch: what must be summed over all of them. In a single process everything is itself."""
+"""Several processes, one batch: what must be summed over all of them. In a single process everything is itself.
+
+Losses and gradients are shares: summed over ranks they are those of one process on all rows. What is summed over ranks
+inside the forward therefore sends every rank the gradients of all. Each collective runs on every rank, in the order of
+the code, also where a rank has nothing to give; none of them waits for the device.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def rank() -> int:
+    """Which of the processes this one is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -13,9 +31,48 @@ def sum_over_ranks(counts: dict[str, Tensor]) -> dict[str, Tensor]:
     With counts summed before the forward, each rank's loss is its share of the global mean: summed over ranks, losses
     and gradients are those of one process on all rows, on uneven and empty masks too.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1 or not counts:
+    if world() == 1 or not counts:
         return counts
     names = sorted(counts)
     summed = torch.stack([counts[name] for name in names])
     dist.all_reduce(summed)
     return dict(zip(names, summed.unbind(), strict=True))
+
+
+def sum_with_gradient(value: Tensor) -> Tensor:
+    """`value` summed over all ranks, of equal shape on each; its gradient is the sum of all ranks' gradients."""
+    return value if world() == 1 else _Sum.apply(value)
+
+
+def gather_rows(rows: Tensor, capacity: int, filler: int = 0) -> Tensor:
+    """The rows of all ranks by rank, (world x capacity, ...): own row i stands at rank x capacity + i.
+
+    Each rank's rows are filled up with `filler` to `capacity`, which is equal on all ranks and known without asking
+    them. Gradients are exact: own rows get the sum of what all ranks' losses say of them. One process: the rows alone.
+    Raises ValueError for more rows than the capacity.
+    """
+    if len(rows) > capacity:
+        raise ValueError(f"{len(rows)} rows exceed the capacity of {capacity}")
+    if world() == 1:
+        return rows
+    filled = _pad(rows, 0, capacity - len(rows), filler)
+    return sum_with_gradient(_pad(filled, rank() * capacity, (world() - 1 - rank()) * capacity, 0))
+
+
+def _pad(rows: Tensor, before: int, after: int, value: int) -> Tensor:
+    """Rows of `value` before and after."""
+    return F.pad(rows, [0, 0] * (rows.ndim - 1) + [before, after], value=value)
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        summed = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)

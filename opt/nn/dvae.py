@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opt.distributed import sum_with_gradient, world
+
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
@@ -87,9 +89,10 @@ class DiscreteVAE(nn.Module):
 def usage_divergence(logits: Tensor) -> Tensor:
     """How unevenly the batch uses the codebook: KL of the codes' mean probability over all places to the uniform one.
 
-    logits (B, K, 8, 8) -> nats, scalar: 0 for even use, log K for one code alone.
+    logits (B, K, 8, 8) -> nats, scalar: 0 for even use, log K for one code alone. The batch is that of all ranks, which
+    have equally many pictures and all get the same value.
     """
-    usage_K = logits.softmax(dim=1).mean(dim=(0, 2, 3))
+    usage_K = sum_with_gradient(logits.softmax(dim=1).mean(dim=(0, 2, 3))) / world()
     return math.log(len(usage_K)) + (usage_K * (usage_K + 1e-9).log()).sum()
 
 

@@ -51,11 +51,14 @@ class Projection(nn.Module):
 
 
 class Temperature(nn.Module):
-    """A learned scale g = log(1 / temperature), kept within [0, log 100] by `clamp` after each step (CLIP)."""
+    """A learned scale g = log(1 / temperature), kept within [0, log 100] by `clamp` after each step (CLIP).
+
+    One number in a vector, (1,): FSDP shards the first dimension.
+    """
 
     def __init__(self, initial: float = 0.07) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / initial)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / initial)]))
 
     def forward(self) -> Tensor:
         return self.log_scale.float().exp()

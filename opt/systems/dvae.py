@@ -25,6 +25,7 @@ from opt.data.pack import Packer
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import CODE_GRID, Lengths, Sample
 from opt.data.tokenizer import Tokenizer
+from opt.distributed import sum_with_gradient
 from opt.nn.dvae import DiscreteVAE, DiscreteVAEConfig, place_divergence, usage_divergence
 from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
@@ -114,27 +115,24 @@ class DVAE(System):
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Encode, draw soft codes, decode. Terms of weight 0 are for the log alone: what codes give, and how many.
 
-        The mean of "error_of_codes" is 10 ** (-PSNR / 10).
+        The mean of "error_of_codes" is 10 ** (-PSNR / 10). What holds of a batch as a whole, of all ranks, counts once
+        for each place: its mean over micro-batches is by their places.
         """
         pixels = batch.extra["pixels"].float() / 255
         drawn, logits = self.dvae(pixels, self.temperature(progress))
         with torch.no_grad():
             codes = logits.argmax(dim=1)
             error = (self.dvae.decode(codes[:SHOWN]).float() - pixels[:SHOWN]).square()
+        counts, config, own_places = batch.counts, self.config, codes.numel()
+        divergence = usage_divergence(logits) * own_places if config.divergence == "usage" \
+            else place_divergence(logits).sum()
         return Output({
-            "reconstruction": Term((drawn.float() - pixels).square().sum(), batch.counts["values"],
-                                   self.config.reconstruction_weight),
-            "divergence": self._divergence(logits, batch.counts["places"]),
-            "error_of_codes": Term(error.sum(), error.new_full((), error.numel()), 0.0),
-            "codes_used": _codes_used(codes, self.config.codebook),
+            "reconstruction": Term((drawn.float() - pixels).square().sum(), counts["values"],
+                                   config.reconstruction_weight),
+            "divergence": Term(divergence, counts["places"], config.divergence_weight),
+            "error_of_codes": Term(error.sum(), counts["shown"], 0.0),
+            "codes_used": Term(_codes_used(codes, config.codebook) * own_places, counts["places"], 0.0),
         })
-
-    def _divergence(self, logits: Tensor, places: Tensor) -> Term:
-        """Of the batch as a whole, or of each of its `places`."""
-        weight = self.config.divergence_weight
-        if self.config.divergence == "usage":
-            return Term(usage_divergence(logits), logits.new_ones(()), weight)
-        return Term(place_divergence(logits).sum(), places, weight)
 
     @torch.no_grad()
     def illustrate(self, batch: Batch) -> Tensor:
@@ -148,7 +146,8 @@ class DVAE(System):
 class Pixels:
     """The preparer: decodes each sample's stored JPEG and squeezes it to 64 x 64, as extraction does. Picklable.
 
-    extra["pixels"]: uint8 (B, 3, 64, 64). counts: "values" of those pixels, "places" that get a code.
+    extra["pixels"]: uint8 (B, 3, 64, 64). counts: "values" of those pixels, "places" that get a code, "shown": those
+    pixels' values whose codes are decoded.
     """
 
     jpeg = True
@@ -162,7 +161,7 @@ class Pixels:
         """Raises UserError for a sample whose picture was not stored."""
         rows = [samples[int(index)] for index in plan.sample]
         pixels = torch.from_numpy(np.stack([_pixels(sample) for sample in rows]))
-        counts = {"values": pixels.numel(), "places": CODES * len(rows)}
+        counts = {"values": pixels.numel(), "places": CODES * len(rows), "shown": pixels[:SHOWN].numel()}
         batch = Packer(1, 1).batch([sample.key for sample in rows], {}, {"pixels": pixels}, counts)
         return dataclasses.replace(batch, tokens=CODES * len(rows))
 
@@ -177,7 +176,7 @@ def _pixels(sample: Sample) -> np.ndarray:
         return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def _codes_used(codes: Tensor, codebook: int) -> Term:
-    """How many different codes the batch's pictures are told in."""
-    used = torch.zeros(codebook, device=codes.device).index_fill_(0, codes.flatten(), 1.0)
-    return Term(used.sum(), used.new_ones(()), 0.0)
+def _codes_used(codes: Tensor, codebook: int) -> Tensor:
+    """How many different codes the batch's pictures are told in, those of all ranks: scalar."""
+    used_K = torch.zeros(codebook, device=codes.device).index_fill_(0, codes.flatten(), 1.0)
+    return sum_with_gradient(used_K).clamp(max=1.0).sum()

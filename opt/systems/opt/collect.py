@@ -16,6 +16,7 @@ from torch import Tensor
 from opt.data.batch import Targets
 from opt.data.pack import Part, Place
 from opt.data.record import Sample
+from opt.data.stored import key_hash
 
 PAIRS = (("text", "image"), ("text", "audio"), ("image", "audio"))
 
@@ -92,14 +93,16 @@ class Collected:
 
 
 def alignment_pairs(rows: list[Clean]) -> dict[str, Tensor]:
-    """For each pair of modalities, rows (B, 3): the two sequences of each sample that has both, and its picture."""
-    pictures: dict[str, int] = {}
+    """For each pair of modalities, int64 (B, 3): the two sequences of each sample that has both, and its picture.
+
+    A picture is a number that means the same in every process: 63 bits of its key's hash.
+    """
     pairs = {}
     for first, second in PAIRS:
         both = [clean for clean in rows if first in clean.alone and second in clean.alone]
         pairs[f"align_{first}_{second}"] = torch.tensor(
-            [[clean.alone[first].number, clean.alone[second].number,
-              pictures.setdefault(clean.sample.key, len(pictures))] for clean in both], dtype=torch.int64
+            [[clean.alone[first].number, clean.alone[second].number, key_hash(clean.sample.key) >> 1]
+             for clean in both], dtype=torch.int64
         ).reshape(-1, 3)
     return pairs
 

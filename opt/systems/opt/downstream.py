@@ -71,7 +71,7 @@ class DownstreamRows(Rows):
                 answers = samples[number].answers
                 drawn = corrupt.row_generator(int(plan.key[row])).integers(len(answers))
                 work.write(number, ("text", "image"), answers[drawn])
-        return work.batch([samples[int(number)].key for number in plan.sample])
+        return work.batch(plan.sample.tolist())
 
     def scores(self, answers: tuple[str, ...]) -> dict[int, float]:
         """How right each answer of the list is, by its place: 1 for a single annotator's, else by how many agree."""
@@ -100,9 +100,13 @@ class _Work:
                           self._sequence(number, given))
 
     def alone(self, number: int) -> None:
-        """Each modality in a sequence of its own, for the contrast."""
+        """Each modality in a sequence of its own, for the contrast; [CLS] alone for a sample without any."""
         clean = self._clean(number, MODALITIES)
-        clean.alone.update({name: self._sequence(number, (name,)) for name, part in clean.parts.items() if len(part)})
+        present = [name for name, part in clean.parts.items() if len(part)]
+        if not clean.alone:  # a batch may hold a sample twice
+            clean.alone.update({name: self._sequence(number, (name,)) for name in present})
+        if not present:
+            self._sequence(number, ())
 
     def rank(self, number: int, partners: list[int]) -> None:
         """The true pair, its text with another picture, its picture with another text."""
@@ -120,15 +124,16 @@ class _Work:
         self.scores += scores.values()
         self.asked.append(place.start)
 
-    def batch(self, keys: list[str]) -> Batch:
-        """Everything packed; targets of tasks that are not trained are empty."""
-        none, pairs = Collected(), alignment_pairs(list(self.cleans.values()))
+    def batch(self, rows: list[int]) -> Batch:
+        """Everything packed, `rows` being the sample of each; targets of tasks that are not trained are empty."""
+        none, pairs = Collected(), alignment_pairs([self.cleans[number] for number in rows])
         targets = {**none.targets(), "answer": Targets(_integers(self.asked), _integers(self.answers, 2))}
         extra = {**none.extra(), **pairs, "answer_scores": torch.tensor(self.scores, dtype=torch.float32)}
         if self.rows.task == "retrieval-margin":
             extra["ranked"] = _integers(self.ranked, 3)
         counts = {name: len(target.index) for name, target in targets.items()}
         counts |= {name: len(pair) for name, pair in pairs.items()} | {"ranked": 2 * len(self.ranked)}
+        keys = [self.samples[number].key for number in rows]
         return self.packer.batch(keys, targets, extra, counts, writings=("text", "codes"))
 
     def _clean(self, number: int, modalities: tuple[str, ...]) -> Clean:

@@ -141,7 +141,8 @@ class OPT(System):
         return terms
 
     def _alignment(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
-        """Text, picture and speech of one sample close in one space, all three pairs (ours)."""
+        """Text, picture and speech of one sample close in one space, all three pairs (ours). A row has at most one
+        pair of each kind."""
         if self.align is None or self.temperature is None:
             return {}
         terms, scale = {}, self.temperature()
@@ -150,7 +151,7 @@ class OPT(System):
             first_B, second_B, picture_B = batch.extra[name].unbind(1)
             terms[name] = in_batch(
                 self.align[first](first_SD[first_B]), self.align[second](first_SD[second_B]), picture_B, scale,
-                batch.counts[name], self.config.alignment_weight,
+                batch.counts[name], len(batch.keys), self.config.alignment_weight,
             )
         return terms
 

@@ -50,15 +50,17 @@ class Rows:
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch:
         """A training batch of corrupted rows."""
-        work, names = TaskRows(self), self.tasks.names
-        cleans = {index: work.clean(samples[index]) for index in dict.fromkeys(map(int, plan.sample))}
-        for row, index in enumerate(map(int, plan.sample)):
-            partners = [cleans.get(int(p)) or work.clean(samples[int(p)]) for p in plan.partners[row] if p >= 0]
-            work.row(cleans[index], names[plan.task[row]], partners, corrupt.row_generator(int(plan.key[row])))
-        rows = [cleans[int(index)] for index in plan.sample]
+        work, names, aligned = TaskRows(self), self.tasks.names, self.config.alignment_weight > 0
+        cleans = {index: work.clean(samples[index], aligned) for index in dict.fromkeys(plan.sample.tolist())}
+        strangers = set(plan.partners.ravel().tolist()) - cleans.keys() - {-1}  # partners that are another rank's rows
+        cleans |= {index: work.clean(samples[index], aligned=False) for index in sorted(strangers)}
+        rows = [cleans[index] for index in plan.sample.tolist()]
+        for row, clean in enumerate(rows):
+            partners = [cleans[index] for index in plan.partners[row].tolist() if index >= 0]
+            work.row(clean, names[plan.task[row]], partners, corrupt.row_generator(int(plan.key[row])))
         targets, extra = work.targets.targets(), work.targets.extra()
         counts = {name: len(target.index) for name, target in targets.items()}
-        if self.config.alignment_weight > 0:
+        if aligned:
             pairs = alignment_pairs(rows)
             extra.update(pairs)
             counts.update({name: len(pair) for name, pair in pairs.items()})

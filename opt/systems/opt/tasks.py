@@ -37,23 +37,25 @@ class TaskRows:
         self.packer = Packer(rows.region_width, rows.speech_width)
         self.targets = Collected()
 
-    def clean(self, sample: Sample) -> Clean:
-        """The sample's parts, and its single-modality sequences when the alignment needs them."""
+    def clean(self, sample: Sample, aligned: bool) -> Clean:
+        """The sample's parts, and its single-modality sequences when it is `aligned`."""
         parts, ids = self.rows.parts(self.packer, sample)
         parts = {name: part for name, part in parts.items() if len(part)}  # a picture in which nothing was found
-        alone = {}
-        if self.config.alignment_weight > 0:
-            alone = {name: self._sequence({name: part}) for name, part in parts.items()}
+        alone = {name: self._sequence({name: part}) for name, part in parts.items()} if aligned else {}
         return Clean(sample, parts, alone, ids)
 
     def row(self, clean: Clean, task: str, partners: list[Clean], rng: np.random.Generator) -> None:
-        """One row of the batch: the task drawn by the plan, or another when the sample lacks what it needs."""
+        """One row of the batch: the task drawn by the plan, or another when the sample lacks what it needs.
+
+        A sample without any part stands as [CLS] alone, so that there is a sequence to encode on every rank.
+        """
+        if not clean.parts:
+            self._sequence({})
+            return
         if task == "joint":
             self._joint(clean, partners, rng)
             return
         possible = [name for name in TASKS if self._can(name, clean, partners)]
-        if not possible:
-            return
         task = task if task in possible else possible[rng.integers(len(possible))]
         if task == "match":
             self._match(clean, partners, rng)
@@ -129,8 +131,6 @@ class TaskRows:
             if not hidden[name] or rng.random() >= self.config.drop_rate:
                 where[name] = self._places(clean, name, rng, hidden[name])
                 parts[name] = self._masked(clean, name, where[name], rng, hidden[name])
-        if not parts:
-            return
         place = self._sequence(parts)
         for name in parts:
             self.targets.masked(clean, name, where[name], place.start + _offset(parts, name))
