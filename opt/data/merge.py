@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
 
 from opt.config import UserError
 from opt.data.claim import claim
+from opt.data.corpora import require_same
 from opt.data.derive import Part, copy_parts
-from opt.data.manifest import Manifest, shard_name
+from opt.data.manifest import shard_name
 from opt.data.shards import ShardReader
 from opt.lock import alone
 
-SAME = ("extractors", "storage", "region_classes", "region_attributes", "codebook", "speech_codebooks")
-WIDTHS = ("region_width", "speech_width")
-"""What the manifests of the folders must agree on; a width of 0, where no record has such features, says nothing."""
 REPEATED = "record: repeated key"
 
 
@@ -42,7 +39,7 @@ def merge(config: MergeConfig) -> None:
     """
     _check_folders(config)
     readers = [ShardReader(folder) for folder in config.folders]
-    _require_same(readers)
+    require_same(readers, whole=True)
     repeated = _repeated(readers)
     parts: list[Part] = []
     for reader in readers:
@@ -69,46 +66,6 @@ def _check_folders(config: MergeConfig) -> None:
             raise UserError(f"{folder} is named twice; name each folder once")
         if places[number] == config.out.resolve():
             raise UserError(f"{folder} is both read and written; the first folder named is the one that is written")
-
-
-def _require_same(readers: Sequence[ShardReader]) -> None:
-    """Raises UserError that names what the first folder and another were not made alike in."""
-    first, *others = readers
-    for other in others:
-        widths = [name for name in WIDTHS if getattr(first.manifest, name) and getattr(other.manifest, name)]
-        alike = [_facts(reader.manifest, [*SAME, *widths]) for reader in (first, other)]
-        if difference := _difference(alike[0], alike[1]):
-            raise UserError(
-                f"{first.folder} and {other.folder} do not go together: {difference}; only folders made by the same "
-                "extractors become one"
-            )
-
-
-def _facts(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
-    """The named facts; where weights lay is none of them when a hash says which they are."""
-    facts = {name: getattr(manifest, name) for name in names}
-    hashed = {kind: {name: value for name, value in about.items() if name != "weights"}
-              for kind, about in manifest.extractors.items() if "weights_sha256" in about}  # fmt: skip
-    return {**facts, "extractors": {**manifest.extractors, **hashed}}
-
-
-def _difference(first: Any, second: Any, name: str = "") -> str:
-    """The first place where two values differ, as "audio.settings.max_frames is 256, then 128"; "" where none does."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in [*first, *(key for key in second if key not in first)]:
-            inner = f"{name}.{key}".removeprefix(".")
-            if difference := _difference(first.get(key), second.get(key), inner):
-                return difference
-        return ""
-    if first == second:
-        return ""
-    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) != len(second):
-        return f"{name} has {len(first)} entries, then {len(second)}"
-    if isinstance(first, tuple) and isinstance(second, tuple):
-        place = next(number for number, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])
-        return f"{name}[{place}] is {first[place]!r}, then {second[place]!r}"
-    words = ["absent" if value is None else str(value) for value in (first, second)]
-    return f"{name} is {words[0]}, then {words[1]}"
 
 
 def _repeated(readers: Sequence[ShardReader]) -> Iterator[dict[int, Path]]:

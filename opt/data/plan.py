@@ -57,7 +57,8 @@ class BatchPlan:
     """What a batch is made of.
 
     sample (B,) int64; task (B,) int64 into Tasks.names; partners (B, 2) int64: two other samples of the same global
-    batch, of two other pictures, -1 where the task needs none or the batch holds fewer than three pictures;
+    batch, of two other pictures, of the row's own corpus while it has any; -1 where the task needs none or the batch
+    holds fewer than three pictures;
     key (B,) uint64: rng key of each row. Positions count samples over all epochs and all ranks.
     """
 
@@ -113,6 +114,7 @@ class Plan:
         self.sizes = (len(costs),) if sizes is None else tuple(sizes)
         if sum(self.sizes) != len(costs):
             raise ValueError(f"corpora of {self.sizes} samples are not the {len(costs)} samples of the costs")
+        self._ends = np.cumsum(self.sizes)
         self.shares = _shares(self.sizes, proportions)
         self.samples_per_epoch = len(costs) // multiple * multiple
         self._epoch, self._cache = -1, _NOTHING
@@ -207,18 +209,23 @@ class Plan:
         return np.full(rows, self._rng(TASK, epoch, cycle).permutation(drawn)[place])
 
     def _partners(self, sample: np.ndarray, task: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Two samples of the batch for each row of a partnered task, three different pictures with its own: (B, 2)."""
+        """Two samples of the batch for each row of a partnered task, three different pictures with its own: (B, 2).
+
+        One of another corpus may lack what is to be swapped, or give itself away, and is taken only where there is no
+        other.
+        """
         partners = np.full((len(sample), 2), -1, np.int64)
         pictures = self.key_hash[sample]
         rows = np.flatnonzero(np.isin(task, [self.tasks.names.index(name) for name in self.tasks.partnered]))
         if len(rows) == 0 or len(np.unique(pictures)) < 3:
             return partners
-        draw = rng.random((len(rows), len(sample)))
-        draw[pictures[rows, None] == pictures[None, :]] = 2.0
+        corpus = np.searchsorted(self._ends, sample, side="right")
+        draw = rng.random((len(rows), len(sample))) + (corpus[rows, None] != corpus[None, :])
+        draw[pictures[rows, None] == pictures[None, :]] = np.inf
         for column in range(2):
             chosen = draw.argmin(1)
             partners[rows, column] = sample[chosen]
-            draw[pictures[chosen][:, None] == pictures[None, :]] = 2.0
+            draw[pictures[chosen][:, None] == pictures[None, :]] = np.inf
         return partners
 
     def _rng(self, purpose: int, *numbers: int) -> np.random.Generator:

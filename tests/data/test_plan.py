@@ -1,24 +1,30 @@
-"""The plan: every property the trainer relies on, over odd sizes and costs."""
+"""The plan: every property the trainer relies on, over odd sizes and costs, for one corpus and several."""
 
 from __future__ import annotations
 
+from collections import Counter
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
 import pytest
 
 from opt.config import UserError
-from opt.data.plan import BatchPlan, Plan, Tasks, row_keys, split
+from opt.data.plan import BatchPlan, Plan, Tasks, row_keys, shared_out, split
 
+SIZES = (700, 203, 100)
 TASKS = Tasks(("mlm", "dtr", "match"), (0.25, 0.45, 0.3), ("match",))
 
 
-def make(n: int = 1003, seed: int = 3, budget: int = 2000, multiple: int = 8, tasks: Tasks = TASKS) -> Plan:
+def make(
+    n: int = 1003, seed: int = 3, budget: int = 2000, multiple: int = 8, tasks: Tasks = TASKS,
+    sizes: tuple[int, ...] | None = None, proportions: tuple[float, ...] | None = None,
+) -> Plan:
     rng = np.random.default_rng(n)
     costs = rng.integers(10, 120, size=n)
     costs[::97] = 5000  # some alone exceed the budget
     pictures = rng.integers(n // 3 + 1, size=n).astype(np.uint64)
-    return Plan(seed, costs, budget, tasks, pictures, multiple)
+    return Plan(seed, costs, budget, tasks, pictures, multiple, sizes, proportions)
 
 
 def epoch(plan: Plan, number: int = 0) -> list[BatchPlan]:
@@ -36,20 +42,81 @@ def same(first: BatchPlan, second: BatchPlan) -> bool:
 
 
 @pytest.mark.parametrize(("n", "multiple", "budget"), [(1003, 8, 2000), (8, 8, 1), (17, 1, 500), (4100, 6, 10**9)])
-def test_an_epoch_uses_every_sample_at_most_once(n: int, multiple: int, budget: int) -> None:
+def test_samples_come_equally_often(n: int, multiple: int, budget: int) -> None:
     plan = make(n, multiple=multiple, budget=budget)
-    batches = epoch(plan)
-    used = np.concatenate([batch.sample for batch in batches])
-    assert len(used) == len(set(used.tolist())) == plan.samples_per_epoch == n // multiple * multiple
-    assert all(batch.epoch == 0 for batch in batches)
-    assert all(len(batch) % multiple == 0 for batch in batches)
+    times = np.zeros(n, int)
+    for number in range(3):
+        batches = epoch(plan, number)
+        assert sum(map(len, batches)) == plan.samples_per_epoch == n // multiple * multiple
+        assert all(batch.epoch == number and len(batch) % multiple == 0 for batch in batches)
+        times += np.bincount(np.concatenate([batch.sample for batch in batches]), minlength=n)
+        assert times.max() - times.min() <= 1
 
 
-def test_epochs_differ_in_order_and_remainder() -> None:
-    plan = make()
-    first, second = (np.concatenate([batch.sample for batch in epoch(plan, number)]) for number in (0, 1))
+def test_epochs_differ_in_order() -> None:
+    first, second = (np.concatenate([batch.sample for batch in epoch(make(), number)]) for number in (0, 1))
     assert not np.array_equal(first, second)
-    assert set(first.tolist()) != set(second.tolist())
+
+
+@pytest.mark.parametrize("proportions", [(1.0, 1.0, 1.0), (0.1, 7.0, 2.5), (1e-4, 1.0, 1e-4), None])
+def test_corpora_come_in_their_proportions_and_their_samples_equally_often(proportions: tuple | None) -> None:
+    plan = make(sizes=SIZES, proportions=proportions)
+    shares = np.array(proportions or SIZES) / sum(proportions or SIZES)
+    bounds = np.cumsum([0, *SIZES])
+    times, rows = np.zeros(1003, int), 0
+    for number in range(12):
+        drawn = np.concatenate([batch.sample for batch in epoch(plan, number)])
+        times, rows = times + np.bincount(drawn, minlength=1003), rows + len(drawn)
+        corpora = [times[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        assert np.abs(np.array([part.sum() for part in corpora]) - rows * shares).max() <= 1.5
+        assert all(part.max() - part.min() <= 1 for part in corpora)
+
+
+def test_corpora_are_mixed_within_an_epoch() -> None:
+    drawn = np.concatenate([batch.sample for batch in epoch(make(sizes=SIZES, proportions=(1, 1, 1)))])
+    for part in np.array_split(drawn, 4):
+        counts = np.histogram(part, np.cumsum([0, *SIZES]))[0]
+        assert (np.abs(counts - len(part) / 3) < 0.1 * len(part)).all()
+
+
+def test_shared_out_rows_only_grow_and_stay_near_their_shares() -> None:
+    for shares in ([1, 1, 1], [5, 0, 2, 0], [0.003, 0.5, 0.2, 4.0, 1e-9], [7]):
+        exact = [Fraction(share) for share in shares]
+        before = [0] * len(shares)
+        for rows in range(1, 3000):
+            counts = shared_out(rows, exact)
+            assert sum(counts) == rows and all(a <= b for a, b in zip(before, counts, strict=True))
+            for count, share in zip(counts, exact, strict=True):
+                assert abs(count - rows * share / sum(exact)) <= Fraction(len(shares), 2)
+            before = counts
+
+
+def test_a_sample_that_comes_again_has_another_key() -> None:
+    plan = make(sizes=SIZES, proportions=(1, 1, 8))
+    seen: list[tuple[int, int]] = []
+    for batch in islice(plan.batches(), 400):
+        seen += zip(batch.sample.tolist(), batch.key.tolist(), strict=True)
+    assert Counter(sample for sample, _ in seen).most_common(1)[0][1] > 50
+    assert len({key for _, key in seen}) == len(seen)
+
+
+@pytest.mark.parametrize(("proportions", "said"), [
+    ((1.0, 0.0, 2.0), "1 0 2: each must be above 0"), ((1.0, -1.0, 2.0), "1 -1 2: each must be above 0"),
+    ((1.0, float("nan"), 2.0), "above 0"), ((1.0, float("inf"), 2.0), "above 0"),
+    ((1.0, 2.0), "1 2: 2 for 3 folders"), ((), "0 for 3 folders"),
+])  # fmt: skip
+def test_proportions_are_checked(proportions: tuple, said: str) -> None:
+    with pytest.raises(UserError, match=f"--proportions .*{said}"):
+        make(sizes=SIZES, proportions=proportions)
+
+
+def test_an_empty_corpus_is_no_trouble_but_has_no_proportion() -> None:
+    plan = make(sizes=(0, 1003, 0))
+    assert len(set(np.concatenate([batch.sample for batch in epoch(plan)]).tolist())) == 1000
+    with pytest.raises(UserError, match="--proportions 1 1 1: folder 1 holds no samples"):
+        make(sizes=(0, 1003, 0), proportions=(1, 1, 1))
+    with pytest.raises(ValueError, match="not the 1003 samples"):
+        make(sizes=(1000, 2))
 
 
 def test_the_budget_is_kept_and_filled() -> None:
@@ -60,16 +127,21 @@ def test_the_budget_is_kept_and_filled() -> None:
     assert np.mean(within) > 0.75 * plan.budget
 
 
-def test_any_boundary_resumes_and_others_are_refused() -> None:
-    whole = list(islice(make().batches(), 150))
-    boundaries = {batch.position for batch in whole}
+@pytest.mark.parametrize("proportions", [None, (1.0, 2.0, 3.0)])
+def test_any_boundary_resumes_and_others_are_refused(proportions: tuple | None) -> None:
+    plan = make(sizes=SIZES, proportions=proportions)
+    whole = list(islice(plan.batches(), 150))
+    assert whole[-1].epoch > 0
+    for batch in whole:
+        assert same(plan.batch_at(batch.position), batch), "whatever was asked before"
     for start in range(0, 147, 13):
-        resumed = list(islice(make().batches(whole[start].position), 3))
+        resumed = list(islice(make(sizes=SIZES, proportions=proportions).batches(whole[start].position), 3))
         assert all(same(a, b) for a, b in zip(resumed, whole[start : start + 3], strict=True))
+    boundaries = {batch.position for batch in whole}
     with pytest.raises(UserError, match="no batch begins at position"):
-        make().batch_at(next(p for p in range(100) if p not in boundaries))
+        plan.batch_at(next(p for p in range(100) if p not in boundaries))
     with pytest.raises(UserError):
-        make().batch_at(-8)
+        plan.batch_at(-8)
 
 
 def test_position_counts_over_epochs() -> None:
@@ -109,25 +181,42 @@ def test_partners_are_other_pictures_of_the_same_batch() -> None:
     assert seen > 500
 
 
+def test_partners_come_from_the_same_corpus_while_it_has_any() -> None:
+    plan = make(sizes=SIZES, proportions=(1, 1, 0.02), tasks=Tasks(("match",), (1.0,), ("match",)))
+    own = others = 0
+    for batch in islice(plan.batches(), 200):
+        corpus, theirs = (np.digitize(numbers, np.cumsum(SIZES)) for numbers in (batch.sample, batch.partners))
+        assert (batch.partners >= 0).all()
+        for row, picture in enumerate(plan.key_hash[batch.sample]):
+            here = set(plan.key_hash[batch.sample[corpus == corpus[row]]].tolist()) - {int(picture)}
+            assert (theirs[row] == corpus[row]).sum() == min(2, len(here))
+            own, others = own + (len(here) > 1), others + (len(here) < 2)
+    assert own > 1000 and others > 10
+
+
 def test_a_batch_of_two_pictures_has_no_partners() -> None:
     plan = Plan(0, np.ones(8, np.int64), 8, Tasks(("match",), (1.0,), ("match",)), np.arange(8) % 2)
     assert (plan.batch_at(0).partners == -1).all()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_ranks_share_the_global_batch(world: int) -> None:
-    for batch in islice(make().batches(), 20):
-        parts = [split(batch, rank, world) for rank in range(world)]
-        assert {len(part) for part in parts} == {len(batch) // world}
-        for name in ("sample", "task", "partners", "key"):
-            joined = np.stack([getattr(part, name) for part in parts], 1)
-            assert np.array_equal(joined.reshape(getattr(batch, name).shape), getattr(batch, name))
-        assert all((part.position, part.next_position) == (batch.position, batch.next_position) for part in parts)
+@pytest.mark.parametrize(("world", "micros"), [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 8)])
+def test_ranks_and_micro_batches_share_the_global_batch(world: int, micros: int) -> None:
+    for batch in islice(make(sizes=SIZES, proportions=(1, 1, 1)).batches(), 20):
+        for micro in range(micros):
+            parts = [split(batch, rank, world, micro, micros) for rank in range(world)]
+            assert {len(part) for part in parts} == {len(batch) // world // micros}
+            for name in ("sample", "task", "partners", "key"):
+                joined = np.stack([getattr(part, name) for part in parts], 1)
+                whole = getattr(batch, name)[micro::micros]
+                assert np.array_equal(joined.reshape(whole.shape), whole)
+            assert all((part.position, part.next_position) == (batch.position, batch.next_position) for part in parts)
     with pytest.raises(ValueError, match="do not split"):
         split(batch, 0, 3 * len(batch))
+    with pytest.raises(ValueError, match="do not split"):
+        split(batch, 0, 1, 0, 3 * len(batch))
 
 
-def test_row_keys_belong_to_the_sample_and_the_epoch() -> None:
+def test_row_keys_belong_to_the_sample_and_its_turn() -> None:
     keys = row_keys(5, 1, np.arange(10_000))
     assert keys.dtype == np.uint64 and len(set(keys.tolist())) == 10_000
     assert not set(keys.tolist()) & set(row_keys(5, 2, np.arange(10_000)).tolist())
