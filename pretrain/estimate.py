@@ -1,6 +1,6 @@
 """What a step costs, before it is taken: operations, bytes, and what the processor could do at best.
 
-    work       one forward on fake tensors: shapes alone, no memory, no arithmetic --> operations, bytes kept for backward
+    work       one forward on fake tensors: no memory, no arithmetic --> operations, bytes kept for backward
     memory     those bytes beside weights, gradients and moments; available: the bytes there are
     peak       operations a second: the maker's figure for known GPUs, a measured matrix product elsewhere
 """
