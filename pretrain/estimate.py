@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -209,10 +211,15 @@ def memory(system: nn.Module, work: Work, parallel: Literal["ddp", "fsdp"] = "dd
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may still take: of the GPU, or of the machine and of the control group it is in."""
+    """Bytes that this process may still take: of the GPU, or of the machine and of the control groups it is in.
+
+    Where the kernel does not say what is free (other systems than Linux), all of the machine's memory.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None
     return min([int(found[1]) * 1024, *_control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,8 +122,9 @@ def memory_in_use(device: torch.device) -> int:
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return most
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most so far, in bytes on macOS
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def note(values: Mapping[str, Any]) -> str:
