@@ -8,13 +8,14 @@ Every stage is the verb that a user would type, printed before it runs. Stopped 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from opt import cli
-from opt.config import UserError
+from opt.config import RunAgain, UserError
 from opt.files import write_atomic
 
 
@@ -50,7 +51,10 @@ def demo(config: DemoConfig) -> None:
         if config.dry_run:
             continue
         began = time.perf_counter()
-        if status := cli.main(argv):
+        status = cli.main(argv)
+        if status == os.EX_TEMPFAIL:
+            raise RunAgain(f"stage {name!r} was stopped as asked")
+        if status:
             raise UserError(f"stage {name!r} ended with status {status}; mend what it says, run the demo again")
         seconds[name] = seconds.get(name, 0.0) + round(time.perf_counter() - began, 1)
         seconds["total"] = round(sum(value for key, value in seconds.items() if key != "total"), 1)

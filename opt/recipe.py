@@ -24,8 +24,8 @@ class LoopConfig:
     """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32. Losses and weights are float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes (torchrun): ddp keeps the whole model in each; fsdp a share of weights, gradients and moments."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the transformer blocks: on CUDA (auto), always, or never."""
+    compile: bool = True
+    """On CUDA, compile the transformer blocks; a CPU runs them as they are."""
     workers: int = 1
     """Processes that read and pack batches, for each training process."""
     log_every: int = 10

@@ -27,7 +27,8 @@ from opt.systems.opt import OPT
 from opt.systems.opt.config import Tuning
 from opt.systems.system import DataFacts, System, build
 from pretrain.limits import check
-from pretrain.run import describe, train
+from pretrain.parallel import processes
+from pretrain.run import train
 
 NEW_HEADS = ("align.", "temperature.", "answer_head.")
 """What a task may need and a model may lack."""
@@ -59,8 +60,12 @@ class FinetuneConfig:
     """retrieval-in-batch: width of the shared space, where the model has none yet."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=5e-5))
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, into the run's folder."""
+    profile: int = 0
+    """Trace so many steps, after three, into the run's folder: profile/trace.json for chrome://tracing or Perfetto."""
     dry_run: bool = False
-    """Say what would be trained, and stop."""
+    """Say what would be trained, what memory, disk and time it takes, and stop."""
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -77,12 +82,10 @@ def finetune(config: FinetuneConfig) -> None:
     if not isinstance(start, OPT):
         raise UserError(f"{config.model} holds a model of system {start.name!r}; `opt finetune` tunes models of 'opt'")
     reader = _reader(config, start.facts)
-    system = tuned(start, _tuning(config, start, reader), config)
-    if config.dry_run:
-        describe(config.task, system, reader, config)
-        return
-    model = read_json(config.model / "config.json")["sha256"]
-    train(system, reader, config, f"shards and questions {reader.fingerprint}, model {model}")
+    with processes() as device:
+        system = tuned(start, _tuning(config, start, reader), config)
+        model = read_json(config.model / "config.json")["sha256"]
+        train(system, reader, config, device, f"model {model}")
 
 
 def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
@@ -106,7 +109,10 @@ def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
 
 def _check(config: FinetuneConfig) -> None:
     """Raises UserError for settings that the task cannot use."""
+    check(config)
     check(config.loop)
+    if config.loop.validate_every or config.loop.patience:
+        raise UserError("fine-tuning validates nothing; leave out --loop.validate-every and --loop.patience")
     check(config.optim)
     if config.task.startswith("vqa") and config.questions is None:
         raise UserError(f"{config.task} needs --questions: lines of questions and answers about the pictures")

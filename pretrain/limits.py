@@ -8,9 +8,10 @@ from typing import Any
 
 from opt.config import UserError
 
-AT_LEAST_ONE = {"steps", "batch_tokens", "log_every", "save_every", "keep"}
-POSITIVE = {"learning_rate", "clip"}
-NOT_NEGATIVE = {"workers", "weight_decay", "final"}
+AT_LEAST_ONE = {"steps", "batch_tokens", "accumulate", "multiple", "log_every", "save_every", "keep", "max_skipped",
+                "validate_batches"}
+POSITIVE = {"learning_rate", "clip", "cache_gigabytes"}
+NOT_NEGATIVE = {"workers", "weight_decay", "final", "validate_every", "patience", "profile"}
 SEED = {"seed"}
 SHARE = {"warmup", "beta1", "beta2"}
 

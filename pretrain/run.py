@@ -1,31 +1,52 @@
-"""`opt pretrain`: a system's preset, shards and a folder become a run; the same command again goes on with it."""
+"""`opt pretrain`: a system's preset, shards and a folder become a run; the same command again goes on with it.
+
+    config --processes, shards, words, weights to start with--> Trainer --> out/{config.json, metrics.jsonl, model/, ...}
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+import torch
+import torch.distributed as dist
 import tyro
 
 from opt import config as configuration
 from opt.config import UserError
+from opt.data.corpora import open_shards
 from opt.data.manifest import Manifest
+from opt.data.remote import Cache
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
+from opt.distributed import rank, world
 from opt.files import write_atomic
 from opt.lock import alone
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import DataFacts, System, build, load, names, system_type
+from pretrain.dry_run import describe, require_memory
 from pretrain.limits import check
+from pretrain.parallel import of_first, processes, say
+from pretrain.profile import Profile
 from pretrain.start import Start, find_start
+from pretrain.state import newest_state, remove_unfinished
+from pretrain.tensorboard import TensorBoard
 from pretrain.trainer import Trainer
 
 ModelConfig = TypeVar("ModelConfig")
 
-FREE = {"shards", "out", "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "dry_run"}
-"""Settings that may change between the starts of one run: they do not change what is learned."""
+FREE = {
+    "shards", "validation", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
+    "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.max_skipped", "loop.parallel",
+    "loop.compile",
+}
+"""Settings that may change between the starts of one run: they do not change what is learned. (Whether shards and
+held-out shards hold the same data is told by their fingerprints.)"""
 
 
 @dataclass(frozen=True)
@@ -34,13 +55,24 @@ class PretrainConfig(Generic[ModelConfig]):
 
     system: tyro.conf.Positional[str]
     """A system's preset: opt.tiny, opt.small, opt.paper, dvae.tiny, dvae.base (docs/systems.md)."""
-    shards: Path
-    """Folder that `opt extract` wrote."""
+    shards: tuple[str, ...]
+    """Folders that `opt extract` wrote, or URLs of such folders (s3://bucket/train, https://...)."""
     out: Path
     """The run's folder. The same command again goes on from its newest checkpoint."""
     model: ModelConfig
+    proportions: tuple[float, ...] = ()
+    """How often samples come from each of several --shards, on any scale; left out, every sample comes equally often.
+    """
+    validation: str | None = None
+    """Held-out shards, folder or URL: their loss is measured every --loop.validate-every steps, and the model that did
+    best is kept in the run's folder as best/."""
+    cache: Path = Path("~/.cache/opt/shards")
+    """What is read from URLs is kept here, shared by all runs."""
+    cache_gigabytes: float = 50.0
+    """Most that the cache takes of the disk; what was used longest ago goes first."""
     start: str | None = None
-    """bert:FOLDER begins with the weights and the vocabulary of a BERT: a folder as Hugging Face saves it, with
+    """model:FOLDER begins with the weights and the words of a saved model of the same system (a run's model folder).
+    bert:FOLDER begins with the weights and the vocabulary of a BERT: a folder as Hugging Face saves it, with
     config.json, model.safetensors or pytorch_model.bin, and vocab.txt. Its sizes must be the model's (opt.paper fits
     bert-base, cased and uncased); a mismatch is answered with the --model options to give. Without --start all weights
     are new."""
@@ -51,8 +83,12 @@ class PretrainConfig(Generic[ModelConfig]):
     """Largest vocabulary trained on the captions."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, into the run's folder."""
+    profile: int = 0
+    """Trace so many steps, after three, into the run's folder: profile/trace.json for chrome://tracing or Perfetto."""
     dry_run: bool = False
-    """Say what would be trained, and stop."""
+    """Say what would be trained, what memory, disk and time it takes, and stop."""
 
     @classmethod
     def prepare(cls, argv: list[str]) -> tuple[Any, Any]:
@@ -71,25 +107,28 @@ class PretrainConfig(Generic[ModelConfig]):
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Train a system on shards; run the same command again to go on after any stop.
+    """Train a system on shards; run the same command again to go on after any stop (docs/training.md).
 
     Example: opt pretrain opt.tiny --shards runs/shards/train --out runs/first --loop.steps 500
 
     From BERT: opt pretrain opt.paper --start bert:bert-base-uncased --shards runs/shards/train --out runs/paper
+
+    Eight GPUs: torchrun --nproc-per-node 8 -m opt pretrain opt.paper --shards runs/shards/train --out runs/paper
     """
+    check(config)
     check(config.loop)
     check(config.optim)
     if config.vocabulary is not None and not system_type(config.system.partition(".")[0]).reads_text:
         raise UserError(f"{config.system} reads no words; leave out --vocabulary")
-    reader = ShardReader(config.shards)
-    start = find_start(config.start, config.vocabulary, config.out) if config.start is not None else None
-    system = _system(config, reader, start)
-    if start is not None:
-        print(f"begins with {start.fill(system)}")
-    if config.dry_run:
-        describe(config.system, system, reader, config)
-    else:
-        train(system, reader, config, reader.fingerprint, start)
+    cache = Cache(config.cache.expanduser(), config.cache_gigabytes)
+    with processes() as device:
+        reader = open_shards(config.shards, cache)
+        held_out = _held_out(config, reader, cache)
+        start = find_start(config.start, config.vocabulary, config.out) if config.start else None
+        system = _system(config, reader, start)
+        if start is not None:
+            say(f"begins with {start.fill(system)}")
+        train(system, reader, config, device, start=start, proportions=config.proportions, held_out=held_out)
 
 
 class RunConfig(Protocol):
@@ -101,29 +140,80 @@ class RunConfig(Protocol):
     def loop(self) -> LoopConfig: ...
     @property
     def optim(self) -> OptimConfig: ...
+    @property
+    def tensorboard(self) -> bool: ...
+    @property
+    def profile(self) -> int: ...
+    @property
+    def dry_run(self) -> bool: ...
 
 
-def train(system: System, reader: ShardReader, config: RunConfig, data: str, start: Start | None = None) -> None:
-    """Train in `config.out`, or go on with the run there. Raises UserError where other settings, `data` or weights to
-    start with made it."""
-    with alone(config.out):
-        _same_run(config, data, start)
-        if start is not None:
-            start.tokenizer.save(config.out)
-        trainer = Trainer(system, reader, config.out, config.loop, config.optim)
-        if trainer.step >= config.loop.steps and (config.out / "model" / "config.json").exists():
-            print(f"{config.out} is finished: {trainer.step} steps; its model is {config.out / 'model'}")
+def train(
+    system: System, reader: ShardReader, config: RunConfig, device: torch.device, data: str = "",
+    start: Start | None = None, proportions: tuple[float, ...] = (), held_out: ShardReader | None = None,
+) -> None:
+    """Train in `config.out`, or go on with the run there, or only say what would be trained (`config.dry_run`).
+
+    data: what else than the shards fixes what is learned from. Raises UserError where other settings, data or weights
+    to start with made the run.
+    """
+    if config.dry_run:
+        trainer = Trainer(system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
+        describe(trainer, config.out)
+        return
+    with _run_folder(config.out):
+        told = _data(reader, held_out, data)
+        of_first(lambda: _same_run(config, told, start))
+        if rank() == 0 and system.reads_text:
+            system.tokenizer.save(config.out)
+        trainer = Trainer(system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
+        model = config.out / "model"
+        if trainer.finished and (model / "config.json").exists():
+            say(f"{config.out} is finished: {trainer.step} steps; its model is {model}")
             return
-        trainer.run()
-    print(f"trained {trainer.step} steps; the model is {config.out / 'model'}")
+        require_memory(trainer)
+        trainer.run(Profile(config.out / "profile", config.profile) if config.profile else None,
+                    TensorBoard(config.out / "tensorboard", trainer.step) if config.tensorboard else None)
+    early = f", ended early: no better loss since step {trainer.best.step:,}" if trainer.step < config.loop.steps else ""
+    best = f", the best one {config.out / 'best'}" if trainer.best.step else ""
+    say(f"trained {trainer.step} steps{early}; the model is {model}{best}")
+
+
+@contextmanager
+def _run_folder(out: Path) -> Iterator[None]:
+    """The run's folder for these processes alone, the first of which holds its lock."""
+    lock = alone(out)
+    of_first(lambda: lock.__enter__())
+    try:
+        if rank() == 0:
+            remove_unfinished(out / "checkpoints")
+        yield
+    finally:
+        if rank() == 0:
+            lock.__exit__(None, None, None)
+
+
+def _held_out(config: PretrainConfig, reader: ShardReader, cache: Cache) -> ShardReader | None:
+    """The shards to validate on. Raises UserError where they hold other features than those trained on."""
+    if config.validation is None:
+        if config.loop.validate_every or config.loop.patience:
+            raise UserError("--loop.validate-every and --loop.patience need --validation: held-out shards")
+        return None
+    if not config.loop.validate_every:
+        raise UserError(f"--validation {config.validation}: say how often with --loop.validate-every STEPS")
+    held_out = open_shards([config.validation], cache)
+    facts(reader.manifest).require_same(held_out.manifest, Path(config.validation))
+    if shared := int(np.isin(held_out.key_hash, reader.key_hash).sum()):
+        say(f"{shared:,} of {len(held_out):,} held-out samples have the key of one that is trained on: their loss says "
+            "less (`opt shards dedup` leaves such out)")
+    return held_out
 
 
 def _system(config: PretrainConfig, reader: ShardReader, start: Start | None) -> System:
-    import torch
-
     torch.manual_seed(config.loop.seed)
     system = config.system.partition(".")[0]
-    tokenizer = _tokenizer(config, reader, start) if system_type(system).reads_text else None
+    reads_text = system_type(system).reads_text
+    tokenizer = of_first(lambda: _tokenizer(config, reader, start)) if reads_text else None
     try:
         return build(system, config.model, tokenizer, facts(reader.manifest))
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # sizes that no network can have
@@ -131,7 +221,11 @@ def _system(config: PretrainConfig, reader: ShardReader, start: Start | None) ->
 
 
 def _tokenizer(config: PretrainConfig, reader: ShardReader, start: Start | None) -> Tokenizer:
-    if start is not None:
+    """The run's own words where it has begun; else those to start with, to be read, or trained on the captions."""
+    begun = newest_state(config.out / "checkpoints") is not None
+    if begun and (config.out / "tokenizer.json").exists():
+        return Tokenizer.load(config.out)
+    if start is not None and start.tokenizer is not None:
         return start.tokenizer
     if config.vocabulary is not None:
         return Tokenizer.from_vocab(config.vocabulary)
@@ -147,16 +241,10 @@ def facts(manifest: Manifest) -> DataFacts:
     )
 
 
-def describe(name: str, system: System, reader: ShardReader, config: RunConfig) -> None:
-    """Say what would be trained."""
-    parameters = sum(parameter.numel() for parameter in system.parameters())
-    costs = system.preparer().cost(reader.lengths)
-    words = f", {system.tokenizer.size:,} words in the vocabulary" if system.reads_text else ""
-    print(f"{name}: {parameters:,} parameters{words}")
-    print(f"{len(reader):,} samples of {costs.mean():.0f} tokens on average")
-    print(f"{config.loop.steps:,} steps of {config.loop.batch_tokens:,} tokens: "
-          f"{config.loop.steps * config.loop.batch_tokens / max(1, costs.sum()):.1f} epochs")
-    print(f"would write to {config.out}")
+def _data(reader: ShardReader, held_out: ShardReader | None, more: str) -> str:
+    """Names everything that the run learns from and is validated on."""
+    return ", ".join([reader.fingerprint, *([more] if more else []),
+                      *([f"held out {held_out.fingerprint}"] if held_out else [])])
 
 
 def _same_run(config: RunConfig, fingerprint: str, start: Start | None) -> None:

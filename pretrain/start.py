@@ -1,29 +1,32 @@
 """`--start`: the weights a run begins with. They are read until the run has a checkpoint of its own, and never again.
 
-    bert:FOLDER --opt/weights/bert.py--> words, and weights for a new system
-    run/        config.json names the start and the SHA-256 of its weights; tokenizer.json holds its words
+    bert:FOLDER  --opt/weights/bert.py--> words, and weights for a new system
+    model:FOLDER --opt/checkpoint.py--> the words and weights of a model of the same system
+    run/         config.json names the start and the SHA-256 of its weights; tokenizer.json holds its words
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from opt.checkpoint import newest_state
+from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json
 from opt.data.tokenizer import Tokenizer
 from opt.files import sha256
 from opt.systems.opt import OPT
 from opt.systems.system import System
 from opt.weights import bert
+from pretrain.state import newest_state
 
 
 @dataclass(frozen=True)
 class Start:
     """What a run begins with. `fill` gives a new system its weights and says which parts now hold them."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     sha256: str
     fill: Callable[[System], str]
 
@@ -38,19 +41,56 @@ def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
         recorded = content.get("start_sha256") if isinstance(content, dict) else None
         if recorded is None:
             raise UserError(f"{run} holds a run that began without --start; give another --out, or leave out --start")
-        return Start(Tokenizer.load(run), recorded, lambda system: "its own checkpoint")
+        return Start(None, recorded, _nothing)
     kind, _, place = source.partition(":")
-    if kind != "bert" or not place:
-        raise UserError(f"--start {source}: expected bert:FOLDER, a folder with config.json, weights and vocab.txt")
-    found = bert.describe(Path(place))
+    if kind == "model" and place:
+        return _from_model(source, Path(place), vocabulary)
+    if kind == "bert" and place:
+        return _from_bert(source, Path(place), vocabulary)
+    raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model, or bert:FOLDER, a folder "
+                    "with config.json, weights and vocab.txt")
+
+
+def _nothing(system: System) -> str:
+    return "its own checkpoint"
+
+
+def _from_model(source: str, folder: Path, vocabulary: Path | None) -> Start:
+    """Another run's model: every weight that both have; heads that it lacks stay new."""
+    model = from_pretrained(folder)
+    words = model.tokenizer if model.reads_text else None
+    _require_same_words(words, vocabulary, folder)
+    return Start(words, read_json(folder / "config.json")["sha256"], partial(_fill_from_model, source, model))
+
+
+def _fill_from_model(source: str, model: System, system: System) -> str:
+    if model.name != system.name:
+        raise UserError(f"--start {source}: it is a model of system {model.name!r}, and this is {system.name!r}")
+    given, own = model.state_dict(), system.state_dict()
+    if other := [name for name in own if name in given and given[name].shape != own[name].shape]:
+        sizes = f"{tuple(given[other[0]].shape)}, not {tuple(own[other[0]].shape)}"
+        raise UserError(f"--start {source}: its {other[0]} is {sizes}, and so are {len(other) - 1} more; give the "
+                        f"--model settings of {Path(source.partition(':')[2]) / 'config.json'}, and shards of the same "
+                        "extractors")
+    system.load_state_dict(given, strict=False)
+    new = sorted({name.partition(".")[0] for name in own if name not in given})
+    return f"the weights of {source}" + (f"; new in this model: {', '.join(new)}" if new else "")
+
+
+def _from_bert(source: str, folder: Path, vocabulary: Path | None) -> Start:
+    found = bert.describe(folder)
     tokenizer = Tokenizer.from_bert(found.folder)
-    if vocabulary is not None and Tokenizer.from_vocab(vocabulary).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{vocabulary} holds other words, or another case, than {found.folder}, whose weights "
-                        "know only their own; leave out --vocabulary")
+    _require_same_words(tokenizer, vocabulary, found.folder)
+    return Start(tokenizer, sha256(found.weights), partial(_fill_from_bert, source, found))
 
-    def fill(system: System) -> str:
-        if not isinstance(system, OPT):
-            raise UserError(f"--start {source}: system {system.name!r} has no place for a BERT; leave out --start")
-        return f"{', '.join(bert.begin(system, found))} of {source}"
 
-    return Start(tokenizer, sha256(found.weights), fill)
+def _fill_from_bert(source: str, found: bert.BERT, system: System) -> str:
+    if not isinstance(system, OPT):
+        raise UserError(f"--start {source}: system {system.name!r} has no place for a BERT; leave out --start")
+    return f"{', '.join(bert.begin(system, found))} of {source}"
+
+
+def _require_same_words(tokenizer: Tokenizer | None, vocabulary: Path | None, folder: Path) -> None:
+    if vocabulary is not None and tokenizer and Tokenizer.from_vocab(vocabulary).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{vocabulary} holds other words, or another case, than {folder}, whose weights know only "
+                        "their own; leave out --vocabulary")

@@ -1,145 +1,265 @@
-"""The training loop: one for every system.
+"""The training loop: one for every system, in one process or many.
 
-    plan -> loader -> forward -> loss -> backward -> clip -> step -> after_step -> metrics -> checkpoint
+    plan -> loader -> micro-batches -> forward -> loss -> backward -> sum over processes -> clip -> step -> after_step
+                                                        \\-> every n steps: metrics, validation, state
 
-Steps, not epochs. The state is model, optimizer, step and data position; dropout's generator is seeded by the step, so
-that N + M steps equal N steps, a stop, and M more, bit for bit on a CPU.
+Steps, not epochs. The state is model, optimizer, counters and the position in the data; every step seeds its own
+randomness, so that N + M steps equal N steps, a stop, and M more, bit for bit on a CPU. Nothing in a step waits for the
+device: counts are summed over processes on the CPU, and a step that must be skipped is skipped on the device.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
-from opt.checkpoint import load_state, newest_state, save_pretrained, save_state
-from opt.config import UserError
+from opt.checkpoint import save_pretrained
+from opt.config import RunAgain, UserError
 from opt.data.batch import Batch
+from opt.data.capacity import Filled
 from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
-from opt.distributed import sum_over_ranks
+from opt.distributed import rank, world
+from opt.nn.compiled import compile_blocks
 from opt.objectives.term import Term, loss
+from opt.progress import Progress as Bar
 from opt.progress import progress
 from opt.recipe import LoopConfig, OptimConfig
-from opt.systems.system import Progress, System
+from opt.systems.system import Preparer, Progress, System
+from pretrain.estimate import peak, work
+from pretrain.guard import Guard
 from pretrain.metrics import Meter, MetricsFile
 from pretrain.optim import adamw, learning_rate
+from pretrain.parallel import Parallel, counted_together, of_first, whole
 from pretrain.pictures import save_picture
+from pretrain.profile import Profile
+from pretrain.state import States, load_state, newest_state
+from pretrain.validation import Best, Validation
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step was, still on the device. terms, losses: one for each micro-batch, this process's share. norm: of the
+    whole gradient; kept (bool): False where loss or gradient was not finite and nothing moved."""
+
+    terms: list[dict[str, Term]]
+    losses: list[Tensor]
+    norm: Tensor
+    kept: Tensor
 
 
 class Trainer:
-    """One run of one system in `folder`; made anew, it goes on from the newest checkpoint there."""
+    """One run of one system in `folder`; made anew, it goes on from the newest state there.
 
-    def __init__(self, system: System, reader: ShardReader, folder: Path, loop: LoopConfig, optim: OptimConfig) -> None:
+    proportions: how often rows come from each corpus of `reader`. held_out: what is validated on.
+    """
+
+    def __init__(
+        self, system: System, reader: ShardReader, folder: Path, loop: LoopConfig, optim: OptimConfig,
+        proportions: tuple[float, ...] | None = None, held_out: ShardReader | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.system, self.reader, self.folder, self.loop, self.optim = system, reader, folder, loop, optim
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.proportions = proportions
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bfloat16 = use_bfloat16(loop.precision, self.device)
-        self.system.to(self.device).train()
+        self.preparer: Preparer = system.preparer()
+        system.to(self.device).train()
+        if loop.compile and self.device.type == "cuda":
+            compile_blocks(system)
+            self.preparer = Filled(self.preparer, loop.batch_tokens // (world() * loop.accumulate))
+        self.parallel = Parallel(system, loop, self.device)
         self.optimizer = adamw(system, optim)
+        self.states = States(folder / "checkpoints", loop.keep)
+        self.guard = Guard(folder / "skipped.jsonl", loop.max_skipped)
+        self.validation = None if held_out is None else Validation(held_out, self.preparer, loop)
+        self.best = Best()
         self.step, self.position = 0, 0
-        self.stopping = False
-        if (newest := newest_state(folder / "checkpoints")) is not None:
+        self.stopped_by: int | None = None
+        if (newest := of_first(lambda: newest_state(folder / "checkpoints"))) is not None:
             self._load(newest)
 
-    def run(self) -> None:
-        """Train to the last step and write the model. Raises KeyboardInterrupt after saving when told to stop."""
-        metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step), Meter()
-        loader = self._loader()
-        with progress("training", self.loop.steps, self.step, "steps") as bar, self._stop_signals():
-            for batch, position in loader:
-                if self.step >= self.loop.steps:
-                    break
-                terms, total, norm = self.train_step(batch.to(self.device))
-                self.step, self.position = self.step + 1, position
-                meter.add(terms, total, batch.tokens)
-                note, last = None, self.step == self.loop.steps
-                if self.step % self.loop.log_every == 0 or last:
-                    values = {"step": self.step, **meter.line(loader.waited), "gradient_norm": float(norm)}
-                    note = self._log(values, metrics)
-                bar.advance(1, note)
-                if self.step % self.loop.save_every == 0 or last or self.stopping:
-                    self._require_finite(total, norm, batch)
-                    save_state(self.folder / "checkpoints", self.step, self._state(), self.loop.keep)
-                    picture = self.folder / "pictures" / f"step-{self.step:08d}.png"
-                    save_picture(self.system, batch.to(self.device), picture)
-                if self.stopping:
-                    raise KeyboardInterrupt
-        save_pretrained(self.system, self.folder / "model")
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its last step, or to its early end."""
+        return self.step >= self.loop.steps or 0 < self.loop.patience <= self.best.since
 
-    def train_step(self, batch: Batch) -> tuple[dict[str, Term], Tensor, Tensor]:
-        """One optimizer step: the terms, the loss and the gradient norm, all still on the device."""
-        torch.manual_seed(self.loop.seed * 1_000_003 + self.step)
+    def run(self, profile: Profile | None = None, tensorboard: Any = None) -> None:
+        """Train to the end and write the model.
+
+        Raises RunAgain (SIGTERM, SIGUSR1) or KeyboardInterrupt (Ctrl-C) after the step in flight is done and saved.
+        """
+        metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step, tensorboard), Meter()
+        loader = self.loader()
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress("training", self.loop.steps, self.step, "steps")) if rank() == 0 else None
+            profiler = stack.enter_context(profile) if profile is not None else None
+            stack.enter_context(self._stop_signals())
+            for batches, position in loader:
+                if self.finished:
+                    break
+                if meter.work is None:
+                    meter.measure(work(self.system, batches[0], self.bfloat16, self.device), peak(self.device))
+                batches, stop = counted_together(batches, self.stopped_by is not None)
+                step = self.train_step(batches)
+                self.step, self.position = self.step + 1, position
+                self._note(step, batches, meter)
+                self._log_and_save(batches, step, meter, metrics, loader, bar, stop)
+                if profiler is not None:
+                    profiler.step()
+                if stop:
+                    self._end_as_asked()
+        self._write_model("model")
+        self.states.join()
+
+    def train_step(self, batches: list[Batch]) -> Step:
+        """One optimizer step on this process's micro-batches, whose counts are `counted_together`."""
         rate = learning_rate(self.step, self.loop.steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = dataclasses.replace(batch, counts=sum_over_ranks(batch.counts))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            output = self.system(batch, Progress(self.step, self.step / self.loop.steps))
-        total = loss(output.terms)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.system.parameters(), self.optim.clip)
+        terms, losses, carries = [], [], []
+        for number, batch in enumerate(batches):
+            torch.manual_seed(self._seed(number))
+            with self.parallel.accumulating(last=number == len(batches) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                    output = self.parallel.module(batch.to(self.device), self.progress)
+                share = loss(output.terms)
+                share.backward()
+            terms.append(output.terms)
+            losses.append(share.detach())
+            carries.append(output.carry)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.system.parameters(), self.optim.clip))
+        kept = self._move(torch.stack(losses).sum(), norm)
+        self.system.after_step(carries, kept)
+        return Step(terms, losses, norm, kept)
+
+    def _move(self, total: Tensor, norm: Tensor) -> Tensor:
+        """Let the optimizer step, unless loss or gradient is not finite on any process: decided on the device."""
+        if world() > 1:
+            dist.all_reduce(total)
+        kept = torch.isfinite(total) & torch.isfinite(norm)
+        self.optimizer.found_inf = (~kept).float()  # type: ignore[attr-defined]  # how fused AdamW is told to skip
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.system.after_step([output.carry])
-        return output.terms, total, norm
+        return kept
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress(self.step, self.step / self.loop.steps)
 
     def plan(self) -> Plan:
         """The data order of this run: a pure function of seed, shards and system."""
-        preparer = self.system.preparer()
-        costs = preparer.cost(self.reader.lengths)
-        return Plan(self.loop.seed, costs, self.loop.batch_tokens, preparer.tasks, self.reader.key_hash)
+        costs = self.preparer.cost(self.reader.lengths)
+        return Plan(self.loop.seed, costs, self.loop.batch_tokens, self.preparer.tasks, self.reader.key_hash,
+                    self.loop.multiple, self.reader.sizes, self.proportions)
 
-    def _loader(self) -> Loader:
-        return Loader(self.reader, self.plan(), self.system.preparer(), self.position, workers=self.loop.workers,
-                      pin_memory=self.device.type == "cuda")
+    def loader(self) -> Loader:
+        """This process's micro-batches, from where the run is."""
+        return Loader(self.reader, self.plan(), self.preparer, self.position, rank(), world(), self.loop.accumulate,
+                      self.loop.workers, pin_memory=self.device.type == "cuda")
 
-    def _log(self, values: dict[str, Any], metrics: MetricsFile) -> str:
-        metrics.seconds += values["seconds"]
-        rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
-        metrics.append({**values, "learning_rate": rate, "seconds": round(metrics.seconds, 3)})
-        return (f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, "
-                f"waiting {values['wait_share']:.0%}")
+    def _note(self, step: Step, batches: list[Batch], meter: Meter) -> None:
+        for terms, share, batch in zip(step.terms, step.losses, batches, strict=True):
+            meter.add(terms, share, batch)
+        meter.step(step.kept, step.norm)
+        self.guard.watch(self.step, [key for batch in batches for key in batch.keys], step.kept)
 
-    def _require_finite(self, total: Tensor, norm: Tensor, batch: Batch) -> None:
-        """Before a state is saved: raises UserError when training has run off, so that the state before it stays."""
-        if not bool(torch.isfinite(total) & torch.isfinite(norm)):
-            raise UserError(f"the loss is not finite at step {self.step}, with {', '.join(batch.keys[:8])} in the batch"
-                            "; try a lower --optim.learning-rate or --loop.precision float32")
+    def _log_and_save(
+        self, batches: list[Batch], step: Step, meter: Meter, metrics: MetricsFile, loader: Loader, bar: Bar | None,
+        stop: bool,
+    ) -> None:
+        """What is due after a step: a line of metrics, a validation, a state."""
+        last, note = self.step >= self.loop.steps, None
+        validate = self.validation is not None and self.loop.validate_every > 0 and (
+            self.step % self.loop.validate_every == 0 or last)
+        save = self.step % self.loop.save_every == 0 or last or stop
+        if self.step % self.loop.log_every == 0 or save or validate:
+            self.guard.review()
+        if self.step % self.loop.log_every == 0 or last:
+            rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
+            note = metrics.append({"step": self.step, **meter.line(loader.waited), "learning_rate": rate})
+        if validate:
+            note = self._validate(metrics, meter)
+        if save or self.finished:
+            self._save(batches[0])
+        if bar is not None:
+            bar.advance(1, note)
+
+    def _validate(self, metrics: MetricsFile, meter: Meter) -> str:
+        """Validate, keep the best model, and say how it went."""
+        assert self.validation is not None
+        began = time.perf_counter()
+        self.states.join()  # its loader forks, and nothing may be under way in threads then
+        values = self.validation.run(self.system, self.device, self.bfloat16, self.progress)
+        if self.best.take(values["loss"], self.step):
+            self._write_model("best")
+        meter.pause(time.perf_counter() - began)
+        metrics.append({"step": self.step, "validation": values})
+        return f"validation {values['loss']:.3f}, best {self.best.loss:.3f} at step {self.best.step}"
+
+    def _save(self, batch: Batch) -> None:
+        self.states.save(self.step, self._state())
+        if rank() == 0 and not self.parallel.sharded:
+            save_picture(self.system, batch.to(self.device), self.folder / "pictures" / f"step-{self.step:08d}.png")
+
+    def _write_model(self, name: str) -> None:
+        """The model for use, as it stands, in a subfolder of the run."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.system, options=options)
+        if rank() == 0:
+            save_pretrained(self.system, self.folder / name, weights)
+
+    def _end_as_asked(self) -> None:
+        self.states.join()
+        if self.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise RunAgain(f"stopped as asked after step {self.step:,} of {self.loop.steps:,}, which is saved")
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "model": self.system.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "counters": {"step": torch.tensor(self.step), "position": torch.tensor(self.position)},
-        }
+        """All that the next step depends on; names are the same in one process and in many."""
+        model, optimizer = get_state_dict(self.system, self.optimizer)
+        counters = {"step": self.step, "position": self.position, "skipped": self.guard.in_a_row,
+                    "best_step": self.best.step, "since_best": self.best.since}
+        numbers = {name: torch.tensor(value) for name, value in counters.items()}
+        best_loss = torch.tensor(self.best.loss, dtype=torch.float64)
+        return {"model": model, "optimizer": optimizer, "counters": {**numbers, "best_loss": best_loss}}
 
     def _load(self, path: Path) -> None:
-        for group in self.optimizer.param_groups:  # a state to load into: zero moments where there are none yet
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         state = self._state()
         load_state(path, state)
-        self.system.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.position = int(state["counters"]["step"]), int(state["counters"]["position"])
+        set_state_dict(self.system, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+        counters = {name: value.item() for name, value in state["counters"].items()}
+        self.step, self.position, self.guard.in_a_row = (int(counters[name]) for name in ("step", "position", "skipped"))
+        self.best = Best(counters["best_loss"], int(counters["best_step"]), int(counters["since_best"]))
+
+    def _seed(self, micro_batch: int) -> int:
+        """Of what is drawn in a micro-batch of the step at hand, on this process."""
+        source = np.random.SeedSequence((self.loop.seed, self.step, rank(), micro_batch))
+        return int(source.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step in flight and save it."""
+        """SIGTERM, SIGUSR1 (what job schedulers send) and Ctrl-C let the step in flight end and save it."""
 
         def stop(number: int, frame: Any) -> None:
-            self.stopping = True
+            self.stopped_by = number
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in numbers}
         try:
             yield
         finally:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt.checkpoint import from_pretrained, newest_state
+from opt.checkpoint import from_pretrained
+from opt.config import RunAgain
+from pretrain.state import newest_state
 from pretrain.trainer import Trainer
 
 
@@ -19,13 +21,13 @@ def stopped_equals_whole(start: Callable[[Path], None], folder: Path, monkeypatc
     start(folder / "whole")
     step = Trainer.train_step
 
-    def stop_at_seven(self: Trainer, batch: object) -> object:
+    def stop_at_seven(self: Trainer, batches: object) -> object:
         if self.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
+        return step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", stop_at_seven)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RunAgain, match="after step 7 of 12"):
         start(folder / "stopped")
     newest = newest_state(folder / "stopped" / "checkpoints")
     assert newest is not None and newest.name == "step-00000007" and not (folder / "stopped" / "model").exists()
