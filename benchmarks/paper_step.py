@@ -23,13 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from opt.data.batch import Batch, Writing
-from opt.data.loader import Loader
+from opt.data.batch import Batch
 from opt.data.manifest import shard_name, write_manifest
 from opt.data.record import Narration, Picture, Record
 from opt.data.shards import ShardReader, ShardWriter
 from opt.data.tokenizer import SPECIALS, Tokenizer
-from opt.objectives.term import loss
 from opt.systems.opt import OPT, paper, small, tiny
 from opt.systems.system import DataFacts, Preset
 from pretrain.run import facts
@@ -56,15 +54,14 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
     system = OPT(preset.model, words, facts(reader.manifest))
     loop = preset.loop.__class__(steps=preset.loop.steps, batch_tokens=tokens, workers=0)
     trainer = Trainer(system, reader, folder / "run", loop, preset.optim)
-    loader = Loader(reader, trainer.plan(), system.preparer(), workers=0)
-    full = [batch for (batch,), _ in islice(loader, 6) if all(float(count) > 0 for count in batch.counts.values())]
+    full = [batch for (batch,), _ in islice(trainer.loader(), 6) if all(float(count) > 0 for count in batch.counts.values())]
     batch = max(full, key=lambda batch: batch.tokens).to(trainer.device)  # an epoch's last batch is smaller
     before = memory(trainer.device)
     losses, seconds, wall = [], [], []
     for _ in range(1 + later):
         began = time.perf_counter()
-        duration, (terms, _, _) = timed(lambda: trainer.train_step(batch), trainer.device)
-        losses.append(round(float(loss(terms).detach()), 3))
+        duration, step = timed(lambda: trainer.train_step([batch]), trainer.device)
+        losses.append(round(float(step.losses[0]), 3))
         seconds.append(round(duration, 3))
         wall.append(round(time.perf_counter() - began, 3))
     typical, matmul = float(np.median(seconds[1:])), matrix_product(trainer.device)
@@ -139,13 +136,10 @@ def flops(system: OPT, batch: Batch) -> float:
     """
     config, facts, view = system.config, system.facts, batch.views["encoder"]
     width, inner, tokens = config.width, config.inner, len(view.gather)
-    lengths = torch.diff(view.first.cpu(), append=torch.tensor([tokens])).double()
-    sums = config.layers * (tokens * (4 * width**2 + 2 * width * inner) + 2 * width * float((lengths**2).sum()))
+    sums = config.layers * (tokens * (4 * width**2 + 2 * width * inner) + 2 * width * view.layout.pairs)
     for name, size in (("text", system.tokenizer.size), ("codes", facts.codebook)):
         writing = batch.writings[name]
-        written, rows = len(writing.ids), rows_of(writing)
-        context = context_tokens(writing)
-        pairs = float((rows**2).sum()) + 2 * float(rows.mean()) * context
+        written, pairs = len(writing.ids), writing.layout.pairs + 2 * writing.context.pairs
         sums += config.decoder_layers * (written * (6 * width**2 + 2 * width * inner) + 2 * len(writing.seen) * width**2
                                          + width * pairs) + written * width * size
     sums += width * (len(batch.regions.masked) * facts.region_width + len(batch.frames.masked) * facts.speech_width)
@@ -153,18 +147,6 @@ def flops(system: OPT, batch: Batch) -> float:
                           ("regions", facts.region_width + len(facts.region_classes) + 1)):
         sums += len(batch.targets[name].index) * width * outputs
     return 3 * 2 * sums
-
-
-def rows_of(writing: Writing) -> torch.Tensor:
-    """Length of each written row, float64."""
-    starts = torch.nonzero(writing.positions.cpu() == 0).flatten()
-    return torch.diff(starts, append=torch.tensor([len(writing.ids)])).double()
-
-
-def context_tokens(writing: Writing) -> int:
-    """Encoder tokens that all written rows look at."""
-    return sum(int(bucket.valid.sum()) if bucket.valid is not None else bucket.keys.stop - bucket.keys.start
-               for bucket in writing.context.buckets)
 
 
 def matrix_product(device: torch.device) -> float:

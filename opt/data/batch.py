@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from opt.data.layout import AttentionLayout
-
-Moved = TypeVar("Moved")
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,33 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def padded(self) -> int:
+        """Tokens computed for the `tokens` real ones, padding and filler included."""
+        layouts = [view.layout for view in self.views.values()] + [each.layout for each in self.writings.values()]
+        return sum(layout.padded for layout in layouts) if layouts else self.tokens
+
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with every tensor on `device`."""
-        return _move(self, torch.device(device))
+        """The batch with every tensor on `device`. Tensors that share a storage, as a loader's do, move as one."""
+        return _apply(self, _Mover(torch.device(device)))
 
 
-def _move(value: Moved, device: torch.device) -> Moved:
-    return _apply(value, lambda tensor: tensor.to(device, non_blocking=True))
+class _Mover:
+    """Moves each storage once, and finds every tensor's place in it again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moved: dict[int, UntypedStorage] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.moved:
+            content = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self.moved[storage._cdata] = content.to(self.device, non_blocking=True).untyped_storage()
+        place = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        return place.set_(self.moved[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _apply(value: Any, change: Any) -> Any:

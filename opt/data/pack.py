@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opt.data.batch import Batch, FrameTable, RegionTable, Targets, TextTable, View, Writing
-from opt.data.layout import cross_layout, self_layout
+from opt.data.layout import cross_layout, ranges, self_layout
 from opt.data.record import Picture
 
 TEXT, REGION, FRAME = range(3)
@@ -169,19 +169,14 @@ class Packer:
         empty = [np.zeros(0, np.int64)]
         lengths = np.array([len(ids) for ids, _, _ in rows], np.int64)
         starts = np.cumsum(lengths) - lengths
-        # Several writings may look at one sequence; what nobody looks at needs no keys and values.
-        contexts = {context.start: context.length for _, _, context in rows}
-        seen_lengths = np.array(list(contexts.values()), np.int64)
-        seen_starts = np.cumsum(seen_lengths) - seen_lengths
-        seen = np.repeat(np.array(list(contexts), np.int64) - seen_starts, seen_lengths) + np.arange(seen_lengths.sum())
-        place = dict(zip(contexts, seen_starts.tolist(), strict=True))
-        key_starts = np.array([place[context.start] for _, _, context in rows], np.int64)
-        key_lengths = np.array([context.length for _, _, context in rows], np.int64)
+        # What nobody looks at needs no keys and values; what two look at is there twice, as attention reads it.
+        seen_starts = np.array([context.start for _, _, context in rows], np.int64)
+        seen_lengths = np.array([context.length for _, _, context in rows], np.int64)
         return Writing(
             ids=torch.from_numpy(np.concatenate(empty + [ids for ids, _, _ in rows])),
             positions=torch.from_numpy(np.concatenate(empty + [np.arange(length) for length in lengths])),
             label=torch.from_numpy(np.concatenate(empty + [labels for _, labels, _ in rows])),
             layout=self_layout(lengths),
-            seen=torch.from_numpy(seen),
-            context=cross_layout(starts, lengths, key_starts, key_lengths),
+            seen=torch.from_numpy(ranges(seen_starts, seen_lengths)),
+            context=cross_layout(starts, lengths, np.cumsum(seen_lengths) - seen_lengths, seen_lengths),
         )

@@ -1,8 +1,11 @@
-"""Attention over packed tokens: self, cross and causal, one dense kernel call a bucket of like lengths.
+"""Attention over packed tokens: self, cross and causal.
+
+    CUDA, half precision   one kernel call for sequences of all lengths, no padding (torch's varlen_attn)
+    otherwise              gather -> one dense call a bucket of like lengths -> gather back
 
 The only module that computes attention; where sequences begin comes from opt.data.layout.
-Shape legend: N query tokens, M key tokens, H heads, d head width, D = H d, b pairs in a bucket, L padded length,
-P and Q dense queries and keys of all buckets.
+Shape legend: N query tokens, M key tokens, K key tokens in the order of pairs, H heads, d head width, D = H d, b pairs
+in a bucket, L padded length, P and Q dense queries and keys of all buckets.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from opt.data.layout import AttentionLayout, Bucket
 
@@ -55,29 +59,78 @@ def attend(query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: Attentio
     """Scaled dot-product attention of packed queries over packed keys: (N, D).
 
     key_value_M2D: keys beside values. causal: a query sees keys up to its own place; query and key sequences must then
-    be the same.
+    be the same. Raises ValueError when there are other keys than the layout was made for.
     """
-    if not layout.buckets:  # no sequence in this batch: an empty result that still uses every projection
+    if len(query_ND) == 0:  # no sequence in this batch: an empty result that still uses every projection
         return query_ND + key_value_M2D[:0, : query_ND.shape[1]]
+    if _has_kernel(query_ND, heads):
+        return _attend_packed(query_ND, key_value_M2D, heads, layout, causal)
+    return _attend_in_buckets(query_ND, key_value_M2D, heads, layout, causal)
+
+
+def _has_kernel(query_ND: Tensor, heads: int) -> bool:
+    """Whether a kernel takes sequences of any lengths as they lie: on CUDA, in half precision, for heads of 8 n."""
+    half = query_ND.dtype in (torch.bfloat16, torch.float16)
+    return query_ND.is_cuda and half and query_ND.shape[1] // heads % 8 == 0
+
+
+def _attend_packed(
+    query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool
+) -> Tensor:
+    """No padding, no copies; torch.compile sees one operation, whatever the lengths."""
+    key_value_K2D = key_value_M2D
+    if layout.key_order is not None:
+        key_value_K2D = F.embedding(layout.key_order, key_value_M2D)
+    key_KHd, value_KHd = key_value_K2D.unflatten(-1, (2 * heads, -1)).chunk(2, dim=1)
+    output_NHd = varlen_attn(
+        query_ND.unflatten(-1, (heads, -1)), key_KHd, value_KHd, layout.query_borders, layout.key_borders,
+        layout.longest_query, layout.longest_key, window_size=(-1, 0) if causal else (-1, -1),
+    )
+    return output_NHd.flatten(1)
+
+
+@torch.compiler.disable
+def _attend_in_buckets(
+    query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool
+) -> Tensor:
+    """Buckets differ from batch to batch, so compiled blocks step out of their graph here."""
     query_PD = _Gather.apply(query_ND, layout.query, layout.inverse)
-    # A key sequence may serve several queries (cross-attention): embedding's gradient sums them in a fixed order.
-    key_value_Q2D = F.embedding(layout.key, key_value_M2D)
+    if layout.key is None:
+        key_value_Q2D = _Gather.apply(key_value_M2D, layout.query, layout.inverse)
+    else:  # a key sequence may serve several queries: embedding's gradient sums them in a fixed order
+        key_value_Q2D = F.embedding(layout.key, key_value_M2D)
+    queries = query_PD.split([bucket.rows * bucket.queries for bucket in layout.buckets])
+    keys_values = key_value_Q2D.split([bucket.rows * bucket.keys for bucket in layout.buckets])
     outputs = [
-        _attend_dense(query_PD[bucket.queries], key_value_Q2D[bucket.keys], heads, bucket, causal)
-        for bucket in layout.buckets
+        _attend_dense(query, key_value, heads, bucket, causal)
+        for query, key_value, bucket in zip(queries, keys_values, layout.buckets, strict=True)
     ]
     return _Return.apply(torch.cat(outputs), layout.inverse)
 
 
 def _attend_dense(query_PD: Tensor, key_value_Q2D: Tensor, heads: int, bucket: Bucket, causal: bool) -> Tensor:
-    query_bHLd = query_PD.view(bucket.rows, -1, heads, query_PD.shape[-1] // heads).transpose(1, 2)
-    key_value_bLHd = key_value_Q2D.view(bucket.rows, -1, 2 * heads, query_bHLd.shape[-1]).transpose(1, 2)
+    query_bHLd = query_PD.view(bucket.rows, bucket.queries, heads, -1).transpose(1, 2)
+    key_value_bHLd = key_value_Q2D.view(bucket.rows, bucket.keys, 2 * heads, -1).transpose(1, 2)
+    key_bHLd, value_bHLd = key_value_bHLd.chunk(2, dim=1)
     # Padding lies behind every real query of its row, so the causal mask alone already hides it.
     mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
-    output_bHLd = F.scaled_dot_product_attention(
-        query_bHLd, key_value_bLHd[:, :heads], key_value_bLHd[:, heads:], attn_mask=mask, is_causal=causal
-    )
+    if query_PD.dtype == torch.bfloat16 and query_PD.device.type == "cpu":
+        output_bHLd = _attend_by_products(query_bHLd, key_bHLd, value_bHLd, mask, causal)
+    else:
+        output_bHLd = F.scaled_dot_product_attention(query_bHLd, key_bHLd, value_bHLd, attn_mask=mask, is_causal=causal)
     return output_bHLd.transpose(1, 2).reshape(len(query_PD), -1)
+
+
+def _attend_by_products(query_bHLd: Tensor, key_bHLd: Tensor, value_bHLd: Tensor, mask: Tensor | None, causal: bool
+                        ) -> Tensor:
+    """Two matrix products and a softmax: on CPUs in bfloat16 several times faster than torch's fused kernel, whose
+    backward pass takes most of the time (docs/results/packed.md)."""
+    scores_bHLL = (query_bHLd * query_bHLd.shape[-1] ** -0.5) @ key_bHLd.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores_bHLL.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores_bHLL = scores_bHLL.masked_fill(~mask, float("-inf"))
+    return scores_bHLL.softmax(dim=-1) @ value_bHLd
 
 
 class Attention(nn.Module):

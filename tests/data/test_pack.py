@@ -1,26 +1,30 @@
-"""The packer: decoders look at the sequences they were given, each of whose tokens is there once."""
+"""The packer: decoders look at the sequences they were given, and at nothing else."""
 
 import numpy as np
 
 from opt.data.pack import Packer
 
 
-def test_writings_look_at_their_own_sequence_and_share_what_they_share() -> None:
+def test_writings_look_at_their_own_sequence() -> None:
     packer = Packer(4, 4)
     places = [packer.sequence("encoder", [packer.text(np.arange(length))]) for length in (3, 5, 2, 4)]
     for place in (places[3], places[1], places[3]):
         packer.write("text", np.arange(2), np.arange(2), place)
     writing = packer.batch([], {}, {}, {}, writings=("text", "codes")).writings["text"]
-    assert writing.seen.tolist() == [10, 11, 12, 13, 3, 4, 5, 6, 7], "the first and third sequence nobody looks at"
+    wanted = [[10, 11, 12, 13], [3, 4, 5, 6, 7], [10, 11, 12, 13]]
+    assert writing.seen.tolist() == sum(wanted, []), "the first and third sequence nobody looks at"
     assert writing.layout.inverse.numel() == 6
+    context = writing.context
+    assert context.key is not None and context.key_order is None, "keys lie in the order of those who look"
+    queries = context.query.split([bucket.rows * bucket.queries for bucket in context.buckets])
+    keys = context.key.split([bucket.rows * bucket.keys for bucket in context.buckets])
     looked = {}
-    for bucket in writing.context.buckets:
-        query, key = writing.context.query[bucket.queries], writing.context.key[bucket.keys]
+    for bucket, query, key in zip(context.buckets, queries, keys, strict=True):
         for row in range(bucket.rows):
             tokens = writing.seen[key.view(bucket.rows, -1)[row]]
             valid = tokens if bucket.valid is None else tokens[bucket.valid[row]]
             looked[int(query.view(bucket.rows, -1)[row][0])] = valid.tolist()
-    assert looked == {0: [10, 11, 12, 13], 2: [3, 4, 5, 6, 7], 4: [10, 11, 12, 13]}
+    assert looked == {0: wanted[0], 2: wanted[1], 4: wanted[2]}
 
 
 def test_a_decoder_without_rows_looks_at_nothing() -> None:
