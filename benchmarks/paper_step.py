@@ -54,7 +54,8 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
     system = OPT(preset.model, words, facts(reader.manifest))
     loop = preset.loop.__class__(steps=preset.loop.steps, batch_tokens=tokens, workers=0)
     trainer = Trainer(system, reader, folder / "run", loop, preset.optim)
-    full = [batch for (batch,), _ in islice(trainer.loader(), 6) if all(float(count) > 0 for count in batch.counts.values())]
+    first = [batch for (batch,), _ in islice(trainer.loader(), 6)]
+    full = [batch for batch in first if all(float(count) > 0 for count in batch.counts.values())]
     batch = max(full, key=lambda batch: batch.tokens).to(trainer.device)  # an epoch's last batch is smaller
     before = memory(trainer.device)
     losses, seconds, wall = [], [], []

@@ -25,7 +25,6 @@ import torch
 
 from opt import cli
 from opt.checkpoint import from_pretrained
-from opt.data.loader import Loader
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
@@ -151,7 +150,7 @@ def measure_steps(runs: list[Run]) -> None:
 def _steps(run: Run, reader: ShardReader, tokenizer: Tokenizer, folder: Path) -> Iterator[float]:
     """CPU-seconds of one training step after another."""
     trainer = _trainer(run, reader, tokenizer, folder, 10**6)
-    batches = iter(Loader(reader, trainer.plan(), trainer.system.preparer(), workers=0))
+    batches = iter(trainer.loader())
     while True:
         began = time.process_time()
         trainer.train_step(next(batches)[0])
