@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete folder. Raises UserError that says what is missing otherwise."""
     path = folder / MANIFEST
     if not folder.is_dir():
+        if re.match(r"\w{2,}:/", str(folder)):  # what a path makes of s3://bucket/name
+            raise UserError(f"{folder} is the address of a remote folder; only training reads those, copy it to a disk")
         raise UserError(f"{folder} is not a folder; expected shards, as `opt extract` writes them")
     if not path.exists():
         done = len(list(folder.glob("[0-9]*.json")))
@@ -175,7 +178,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds {done} complete shards but no {MANIFEST}: `opt extract`, or what else made it, has not "
             f"ended; {AGAIN} to finish it"
         )
-    content = path.read_bytes()
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest in a file's bytes. Raises UserError naming `path` where they are not those that were written."""
     try:
         values = dict(json.loads(content))
         seal = values.pop("sha256")
@@ -187,7 +194,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if content != _sealed(values):
         raise UserError(f"{path} is not as it was written (its SHA-256 was {seal}); {AGAIN} to write it")
-    return from_dict(Manifest, values, str(path))
+    return from_dict(Manifest, values, path)
 
 
 def is_intact(folder: Path, receipt: Receipt) -> bool:

@@ -67,7 +67,7 @@ class Questions(Subset):
         said = [f"{count:,} {reason}" for reason, count in reasons.items() if count]
         self.left_out = f"of {len(questions):,} questions in {path}, {'; '.join(said)}: left out" if said else ""
         if not useful.any():
-            raise UserError(f"{path}: no question can be used with {whole.folder}: {'; '.join(said)}")
+            raise UserError(f"{path}: no question can be used with {whole.place}: {'; '.join(said)}")
         order = np.flatnonzero(useful)[np.argsort(numbers[useful], kind="stable")]
         super().__init__(whole, numbers[order])
         self.path, self.answered = path, answered
@@ -82,7 +82,7 @@ class Questions(Subset):
         values = super().column(name)
         if name == "words":
             words = [len(re.findall(r"\w+|[^\w\s]", question.text)) for question in self.questions]
-            return np.array(words, np.int64)
+            return np.array(words, np.int32)
         return np.zeros_like(values) if name == "frames" else values
 
     def sample(self, number: int, jpeg: bool = False) -> Sample:

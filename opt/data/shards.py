@@ -17,7 +17,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +25,18 @@ from typing import Any
 
 import numpy as np
 
+from opt.config import UserError
 from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg_header, member_header, parse_header
 from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
+from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span
 from opt.data.stored import INDEX, StoredShard, key_hash
 from opt.files import open_atomic, sync_folder, write_atomic
 
 WIDTHS = {"regions": "region_width", "speech": "speech_width"}
 """Which width of a shard an array gives."""
+ROWS = 8192
+"""Index rows read at once."""
 OPEN_SHARDS = 256
 """Shards a reader holds open at once (two files each), below the usual limit of 1024 open files."""
 
@@ -147,11 +151,23 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Samples of a complete folder by number. Picklable; safe to use on both sides of a fork; memory stays flat."""
+    """Samples of a complete folder by number. Picklable; safe to use on both sides of a fork; memory stays flat.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+    folder: a local folder, or an fsspec URL such as "s3://bucket/shards", which is read through `cache`. `place` is
+    what messages call it; `folder` of a remote one is where its files are kept. Raises UserError where none is.
+    """
+
+    def __init__(self, folder: Path | str, cache: Cache | None = None) -> None:
+        self._remote: RemoteFolder | None = None
+        if isinstance(folder, str) and "://" in folder:
+            if cache is None:
+                raise UserError(f"{folder} is read through a local cache: ShardReader(url, Cache(folder, gigabytes))")
+            self._remote = RemoteFolder(folder, cache)
+            self.folder, self.manifest = self._remote.folder, self._remote.manifest
+        else:
+            self.folder = Path(folder)
+            self.manifest = read_manifest(self.folder)
+        self.place = str(folder)
         self._starts = np.cumsum([0] + [shard.samples for shard in self.manifest.shards])
         self._open: OrderedDict[int, StoredShard] = OrderedDict()
         self._checked: set[int] = set()
@@ -161,14 +177,19 @@ class ShardReader:
         return int(self._starts[-1])
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each corpus, in order: here there is one."""
+        return (len(self),)
+
+    @property
     def fingerprint(self) -> str:
         """Names this data in results: SHA-256 over all shards' hashes."""
         return self.manifest.fingerprint
 
     @property
     def lengths(self) -> Lengths:
-        """Stored sizes of every sample, int64 (n,) each. Read from the index files at each call."""
-        columns = {name: self.column(name).astype(np.int64) for name in LENGTHS}
+        """Stored sizes of every sample, int32 (n,) each. Read from the index files at each call."""
+        columns = {name: self.column(name).astype(np.int32) for name in LENGTHS}
         return Lengths(**columns)
 
     @property
@@ -178,8 +199,14 @@ class ShardReader:
 
     def column(self, name: str) -> np.ndarray:
         """One column of INDEX over all samples, (n,). Read from the index files at each call."""
-        columns = [self._shard(shard).index[name] for shard in range(len(self.manifest.shards))]
-        return np.concatenate([np.zeros(0, INDEX[name]), *columns])
+        if self._remote is not None:
+            self._remote.keep_indices(self.manifest.shards)
+        column = np.empty(len(self), INDEX[name])
+        end = 0
+        for _, rows in self._tables():
+            column[end : end + len(rows)] = rows[name]
+            end += len(rows)
+        return column
 
     def sample(self, number: int, jpeg: bool = False) -> Sample:
         """Sample `number`, in 0..len-1; jpegs only on request. Raises UserError when its bytes are damaged."""
@@ -194,6 +221,11 @@ class ShardReader:
         """The whole record that sample `number` belongs to. Raises UserError when its bytes are damaged."""
         return self._read(number, jpeg)[1]
 
+    def prefetch(self, numbers: Sequence[int], jpeg: bool = False) -> None:
+        """Fetch what the cache lacks of these samples, all at once, before they are read. Local ones are here."""
+        if self._remote is not None:
+            self._fetch([self.locate(number) for number in numbers], "", *(["jpeg_"] if jpeg else []))
+
     def keys(self) -> Iterator[str]:
         """The key of every sample, in order (a key repeats for each narration). Reads no features."""
         for _, header in self._headers():
@@ -207,20 +239,38 @@ class ShardReader:
                 yield caption
 
     def _headers(self) -> Iterator[tuple[np.void, dict[str, Any]]]:
-        for number in range(len(self.manifest.shards)):
-            shard = self._shard(number)
-            for row in shard.index:
+        metadata: dict[str, Any] = {}
+        for shard, rows in self._tables():
+            firsts = rows[rows["narration"] <= 0]
+            self._fetch([(shard, row) for row in firsts], "header")
+            for row in rows:
                 if row["narration"] <= 0:  # the first sample of its record
                     metadata = shard.metadata(row)
                 yield row, metadata
+
+    def _tables(self) -> Iterator[tuple[StoredShard, np.ndarray]]:
+        """The whole index in order, as pieces (n,) INDEX of a shard each."""
+        for number, receipt in enumerate(self.manifest.shards):
+            for first in range(0, receipt.samples, ROWS):
+                shard = self._shard(number)
+                yield shard, shard.index_rows(first, min(first + ROWS, receipt.samples))
+
+    def _fetch(self, places: Sequence[tuple[StoredShard, np.void]], *parts: str) -> None:
+        """Parts (see RemoteShard.span) of remote records into the cache, those that are not there."""
+        spans: list[Span] = []
+        for shard, row in places:
+            if isinstance(shard, RemoteShard):
+                spans += shard.missing(row, parts)
+        if self._remote is not None:
+            self._remote.keep(spans)
 
     def locate(self, number: int) -> tuple[StoredShard, np.void]:
         """The shard of sample `number`, open, and the sample's row of its index."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        shard = self._shard(place)
-        return shard, shard.index[number - self._starts[place]]
+        shard, first = self._shard(place), number - int(self._starts[place])
+        return shard, shard.index_rows(first, first + 1)[0]
 
     def _read(self, number: int, jpeg: bool) -> tuple[np.void, Record]:
         shard, row = self.locate(number)
@@ -229,16 +279,19 @@ class ShardReader:
     def _shard(self, number: int) -> StoredShard:
         """A shard, open; for a new one, the shard used longest ago is given up."""
         if number not in self._open:
-            receipt = self.manifest.shards[number]
-            self._open[number] = StoredShard(self.folder, receipt, trusted=number in self._checked)
+            receipt, trusted = self.manifest.shards[number], number in self._checked
+            self._open[number] = (
+                StoredShard(self.folder, receipt, trusted) if self._remote is None
+                else RemoteShard(self._remote, receipt, trusted)
+            )
             self._checked.add(number)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
-        return ShardReader, (self.folder,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
 
 
 def _lengths(record: Record) -> list[tuple[int, ...]]:

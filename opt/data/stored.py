@@ -3,8 +3,9 @@
     00000.tar       plain uncompressed tar: KEY.safetensors, then KEY.jpg, KEY.1.jpg, KEY.2.jpg for pictures 0, 1, 2
     00000.npy       index: one row a sample (record x narration), in the order of the tar; see INDEX
 
-What a ShardReader has many of. Alone it serves to take records over as they are stored (`ShardWriter.copy`), also from
-a folder that has no manifest yet. A record is named by its place: 0 for the first of the shard.
+What a ShardReader has many of: two open files each, and no memory. Alone it serves to take records over as they are
+stored (`ShardWriter.copy`), also from a folder that has no manifest yet. A record is named by its place: 0 for the
+first of the shard.
 """
 
 from __future__ import annotations
@@ -45,16 +46,18 @@ INDEX = np.dtype(
 
 
 class DamagedRecord(UserError):
-    """The bytes of a record are not those that were written."""
+    """The bytes of a record are not those that were written. path: the tar's, or its URL."""
 
-    def __init__(self, path: Path, key: str) -> None:
-        super().__init__(
-            f"{path}: the bytes of key {key!r} are damaged (their checksum differs); `opt shards verify {path.parent} "
-            f"--deep` lists all damage; delete {path.with_suffix('.json').name} and {AGAIN} to mend it"
-        )
+    def __init__(self, path: Path | str, key: str) -> None:
+        if isinstance(path, Path):
+            way_out = (f"`opt shards verify {path.parent} --deep` lists all damage; delete "
+                       f"{path.with_suffix('.json').name} and {AGAIN} to mend it")
+        else:
+            way_out = "what lies there was replaced or damaged since its manifest was written; start again, or mend it"
+        super().__init__(f"{path}: the bytes of key {key!r} are damaged (their checksum differs); {way_out}")
         self.path, self.key = path, key
 
-    def __reduce__(self) -> tuple[type[DamagedRecord], tuple[Path, str]]:  # workers say it to their parent
+    def __reduce__(self) -> tuple[type[DamagedRecord], tuple[Path | str, str]]:  # workers say it to their parent
         return DamagedRecord, (self.path, self.key)
 
 
@@ -69,11 +72,12 @@ class StoredShard:
         with StoredShard(folder, receipt) as shard:
             writer.copy(shard, shard.keys.index("000000391895"))
 
-    index (n,) INDEX: a memory map, one row a sample. Its SHA-256 is compared with the receipt's unless `trusted`.
+    The SHA-256 of its index is compared with the receipt's unless `trusted`. Index rows are read from the file each
+    time, never mapped: the pages of a map would count as this process's memory, and grow with the samples it saw.
     Raises UserError when a file is missing, or the index is not the one that was written. Safe to read in threads.
     """
 
-    _tar = -1
+    _index = _tar = -1
 
     def __init__(self, folder: Path, receipt: Receipt, trusted: bool = False) -> None:
         self.receipt = receipt
@@ -84,7 +88,7 @@ class StoredShard:
                 raise UserError(
                     f"{index} is damaged (its SHA-256 differs); delete {receipt.name}.json and {AGAIN} to mend it"
                 )
-            self.index: np.ndarray = np.load(index, mmap_mode="r", allow_pickle=False)
+            self._index = os.open(index, os.O_RDONLY | os.O_CLOEXEC)
             self._tar = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; its receipt says that it is there") from error
@@ -98,12 +102,24 @@ class StoredShard:
         self.close()
 
     def close(self) -> None:
-        """Give the file back; what was read stays."""
-        if self._tar >= 0:
-            os.close(self._tar)
-            self._tar = -1
+        """Give the files back; what was read stays."""
+        for file in (self._index, self._tar):
+            if file >= 0:
+                os.close(file)
+        self._index = self._tar = -1
 
     __del__ = close
+
+    def index_rows(self, first: int, end: int) -> np.ndarray:
+        """The index of samples first..end-1, (end - first,) INDEX."""
+        begin = self.receipt.index_bytes - self.receipt.samples * INDEX.itemsize
+        rows = os.pread(self._index, (end - first) * INDEX.itemsize, begin + first * INDEX.itemsize)
+        return np.frombuffer(rows, INDEX, end - first)
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """All of it, (samples,) INDEX: for those who go through a whole shard."""
+        return self.index_rows(0, self.receipt.samples)
 
     @cached_property
     def firsts(self) -> np.ndarray:
@@ -132,11 +148,16 @@ class StoredShard:
 
     def content(self, row: np.void, kind: str = "") -> bytearray:
         """One pread, checked: a record's safetensors bytes (kind "") or its span of jpegs (kind "jpeg_")."""
-        content = bytearray(int(row[f"{kind}size"]))
-        got = os.preadv(self._tar, [content], int(row[f"{kind}offset"])) if content else 0
-        if got != len(content) or zlib.crc32(content) != row[f"{kind}crc"]:
+        content = self._intact(row, kind)
+        if content is None:
             raise self._damaged(row)
         return content
+
+    def _intact(self, row: np.void, kind: str) -> bytearray | None:
+        """The bytes in the file, None where they are not those that were written."""
+        content = bytearray(int(row[f"{kind}size"]))
+        got = os.preadv(self._tar, [content], int(row[f"{kind}offset"])) if content else 0
+        return content if got == len(content) and zlib.crc32(content) == row[f"{kind}crc"] else None
 
     def metadata(self, row: np.void) -> dict[str, Any]:
         """What a record says besides its features, which are not read. Raises DamagedRecord where that is nonsense."""

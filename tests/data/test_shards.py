@@ -108,7 +108,7 @@ def test_lengths_count_what_is_stored(tmp_path: Path) -> None:
     assert lengths.regions.tolist() == [7, 7, 0]
     assert lengths.frames.tolist() == [7, 0, 0]
     assert lengths.codes.tolist() == [128, 128, 0]
-    assert all(getattr(lengths, f.name).dtype == np.int64 for f in dataclasses.fields(lengths))
+    assert all(getattr(lengths, f.name).dtype == np.int32 for f in dataclasses.fields(lengths))
 
 
 def test_the_tar_is_plain(tmp_path: Path) -> None:

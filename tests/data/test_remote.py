@@ -1,0 +1,350 @@
+"""Shards behind a URL: the same samples as on a disk, within the cache's bound, whatever network and disk do."""
+
+from __future__ import annotations
+
+import http.server
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from stored_records import full_narration, full_picture, full_record, noise_jpeg, same, write_folder
+
+from opt.config import UserError
+from opt.data import remote
+from opt.data.record import Record
+from opt.data.remote import Cache
+from opt.data.shards import ShardReader
+from opt.data.stored import DamagedRecord
+from opt.data.subset import Subset
+
+RECORDS, IN_A_SHARD = 24, 6
+GIGABYTE = 1e9
+
+
+def wide_record(number: int) -> Record:
+    """140 kB: two windows of the merging of near requests."""
+    rng = np.random.default_rng(number)
+    picture = full_picture(rng, 36, noise_jpeg(number), width=1024)
+    return Record(f"key{number}", (picture,), (full_narration(rng, 0, 4000), full_narration(rng, 1)))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
+    """Four shards of six records of two narrations each, 0.85 MB a shard."""
+    records = [wide_record(number) for number in range(RECORDS)]
+    shards = [records[start : start + IN_A_SHARD] for start in range(0, RECORDS, IN_A_SHARD)]
+    return write_folder(tmp_path_factory.mktemp("shards"), shards)
+
+
+Fault = Callable[["_Handler", bytes], None]
+
+
+@dataclass
+class Web:
+    """A folder on the web. `asked` lists "NAME RANGE"; a request takes the next of `faults`, None for none."""
+
+    url: str
+    asked: list[str] = field(default_factory=list)
+    faults: deque[Fault | None] = field(default_factory=deque)
+    ranges: bool = True
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    folder: Path
+    web: Web
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        web, name = self.server.web, self.path.rpartition("/")[2]
+        web.asked.append(f"{name} {self.headers.get('Range', '')}".strip())
+        path = self.server.folder / name
+        if not path.exists():
+            return self.answer(404, b"not here")
+        content, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        ranged = asked is not None and web.ranges
+        if asked is not None and web.ranges:
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        fault = web.faults.popleft() if web.faults else None
+        return fault(self, content) if fault else self.answer(206 if ranged else 200, content)
+
+    def answer(self, status: int, content: bytes, length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def busy(handler: _Handler, content: bytes) -> None:
+    handler.answer(503, b"busy")
+
+
+def cut(handler: _Handler, content: bytes) -> None:
+    """Breaks off half way through what it promised."""
+    handler.answer(206, content[: len(content) // 2], len(content))
+    handler.close_connection = True
+
+
+def short(handler: _Handler, content: bytes) -> None:
+    """Half of it, as if that were all."""
+    handler.answer(206, content[: len(content) // 2])
+
+
+def flipped(handler: _Handler, content: bytes) -> None:
+    """All of it, the last byte wrong."""
+    handler.answer(206, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.fixture
+def web(local: ShardReader) -> Iterator[Web]:
+    with _Server(("127.0.0.1", 0), _Handler) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        server.folder = local.folder
+        server.web = Web(f"http://127.0.0.1:{server.server_address[1]}/data/shards")
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.web
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01, 0.01))
+
+
+@pytest.fixture
+def in_memory(local: ShardReader) -> Iterator[str]:
+    """The folder in fsspec's memory, whose files change as a test likes."""
+    system = fsspec.filesystem("memory")
+    for path in local.folder.iterdir():
+        system.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    yield "memory://shards"
+    system.rm("/shards", recursive=True)
+
+
+def allocated(folder: Path) -> int:
+    """Bytes that the files below take on the disk."""
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
+
+
+def agree(reader: ShardReader, local: ShardReader, numbers: range | list[int]) -> bool:
+    return all(same(reader.sample(n, jpeg=True), local.sample(n, jpeg=True)) for n in numbers)
+
+
+def shuffled(reader: ShardReader, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).permutation(len(reader)).tolist()
+
+
+@pytest.mark.parametrize("protocol", ["memory", "http", "file"])
+def test_a_url_reads_as_the_folder_does(
+    protocol: str, local: ShardReader, web: Web, in_memory: str, tmp_path: Path
+) -> None:
+    url = {"memory": in_memory, "http": web.url + "/", "file": f"file://{local.folder}"}[protocol]
+    reader = ShardReader(url, Cache(tmp_path, 1))
+    assert (len(reader), reader.sizes, reader.fingerprint) == (len(local), (len(local),), local.fingerprint)
+    assert reader.manifest == local.manifest and reader.place == url
+    assert same(reader.lengths, local.lengths) and np.array_equal(reader.key_hash, local.key_hash)
+    assert list(reader.captions()) == list(local.captions()) and list(reader.keys()) == list(local.keys())
+    assert agree(reader, local, shuffled(local))
+    assert same(reader.record(3, jpeg=True), local.record(3, jpeg=True))
+    again = pickle.loads(pickle.dumps(reader))
+    assert agree(again, local, [5, 0, 47])
+
+
+def test_what_the_cache_holds_is_not_asked_for_again(local: ShardReader, web: Web, tmp_path: Path) -> None:
+    for attempt in range(2):
+        reader = ShardReader(web.url, Cache(tmp_path, 1))
+        assert agree(reader, local, range(len(local))) and len(list(reader.captions())) == len(local)
+        assert len(web.asked) > 20 if attempt == 0 else web.asked == ["manifest.json"]
+        web.asked.clear()
+
+
+def test_a_batch_comes_by_one_round_of_requests(local: ShardReader, web: Web, tmp_path: Path) -> None:
+    reader = Subset(ShardReader(web.url, Cache(tmp_path, 1)), np.arange(1, len(local)))
+    reader.prefetch([])
+    numbers = [1, 2, 3, 17, 40, 41]  # samples 2 to 4, 18, 41 and 42 of the whole: records 1, 2, 9, 20, 21
+    reader.prefetch(numbers, jpeg=True)
+    spans = [request for request in web.asked if ".tar" in request]
+    assert len(spans) == 3  # what lies side by side comes as one
+    assert agree(reader, Subset(local, reader.numbers), numbers)
+    assert [request for request in web.asked if ".tar" in request] == spans
+    reader.prefetch(numbers, jpeg=True)
+    assert [request for request in web.asked if ".tar" in request] == spans
+
+
+def test_captions_come_by_few_bytes_and_rounds(
+    local: ShardReader, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = []
+    ask = remote.RemoteFolder._ask
+    monkeypatch.setattr(remote.RemoteFolder, "_ask", lambda self, spans: rounds.append(spans) or ask(self, spans))
+    assert list(ShardReader(web.url, Cache(tmp_path, 1)).captions()) == list(local.captions())
+    assert len(rounds) <= 1 + 2 * len(local.manifest.shards)
+    tars = sum(receipt.bytes for receipt in local.manifest.shards)
+    assert sum(s.end - s.start for spans in rounds for s in spans if ".tar" in s.name) < tars / 5
+
+
+def test_the_bound_is_kept_and_the_shard_used_longest_ago_goes(local: ShardReader, web: Web, tmp_path: Path) -> None:
+    bound = 2_000_000
+    reader = ShardReader(web.url, Cache(tmp_path, bound / GIGABYTE))
+    most = 0
+    for number in [*range(len(local)), *shuffled(local)]:
+        assert agree(reader, local, [number])
+        most = max(most, allocated(tmp_path))
+    assert 1_200_000 < most <= bound
+    for number in range(0, 12):
+        os.utime(tmp_path / reader.fingerprint[:32] / "00000.tar", (1, 1))
+        reader.sample(12 + number)
+    assert (tmp_path / reader.fingerprint[:32] / "00000.tar").stat().st_blocks == 0
+    assert agree(reader, local, range(12))
+
+
+def test_files_emptied_or_spoilt_under_a_reader_are_fetched_again(
+    local: ShardReader, web: Web, tmp_path: Path
+) -> None:
+    reader = ShardReader(web.url, Cache(tmp_path, 1))
+    assert agree(reader, local, range(len(local)))
+    folder = tmp_path / reader.fingerprint[:32]
+    for spoil in (lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 100_000),
+                  lambda path: path.write_bytes(b"x" * 500_000)):
+        for path in folder.glob("*.tar"):
+            spoil(path)
+        assert list(reader.keys()) == list(local.keys())
+        assert agree(reader, local, range(len(local)))
+    for path in folder.glob("*.npy"):
+        path.write_bytes(b"x" * 100)
+    again = ShardReader(web.url, Cache(tmp_path, 1))
+    assert np.array_equal(again.key_hash, local.key_hash) and agree(again, local, [40])
+    shutil.rmtree(folder / "..")
+
+
+def read_all(url: str, cache: Cache, folder: Path, seed: int, batch: int) -> None:
+    reader, local = ShardReader(url, cache), ShardReader(folder)
+    order = shuffled(local, seed)
+    for start in range(0, len(order), batch):
+        reader.prefetch(order[start : start + batch], jpeg=True)
+        if not agree(reader, local, order[start : start + batch]):
+            os._exit(1)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_processes_share_a_cache_that_is_too_small(local: ShardReader, web: Web, tmp_path: Path, start: str) -> None:
+    bound = 1_800_000
+    cache = Cache(tmp_path, bound / GIGABYTE)
+    ShardReader(web.url, cache).sample(0)  # connections of before the fork
+    context = multiprocessing.get_context(start)  # type: ignore[var-annotated]
+    children = [context.Process(target=read_all, args=(web.url, cache, local.folder, seed, 6)) for seed in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert 0 < allocated(tmp_path) <= bound
+
+
+@pytest.mark.parametrize("fault", [busy, cut, short, flipped])
+def test_a_server_that_fails_now_and_then_is_asked_again(
+    local: ShardReader, web: Web, tmp_path: Path, fault: Fault
+) -> None:
+    reader = ShardReader(web.url, Cache(tmp_path, 1))
+    reader.key_hash  # noqa: B018  # the indices; what is wrong in one of them is said at once
+    web.faults = deque([None, fault, None, None, fault, fault, None] * 20)
+    for start in range(0, len(local), 4):
+        numbers = list(range(start, start + 4))
+        reader.prefetch(numbers)
+        if fault is not flipped:
+            assert agree(reader, local, numbers)
+    if fault is flipped:  # found by its checksum, and fetched again
+        web.faults.clear()
+        assert agree(reader, local, range(len(local)))
+
+
+def test_a_server_that_stays_away_is_named(local: ShardReader, web: Web, tmp_path: Path) -> None:
+    reader = ShardReader(web.url, Cache(tmp_path, 1))
+    web.faults = deque([busy] * 100)
+    with pytest.raises(UserError, match=rf"{web.url}/00000.*503.*4 attempts.*run the same command again"):
+        reader.sample(0)
+    web.faults.clear()
+    assert agree(reader, local, [0])
+    with pytest.raises(UserError, match=rf"{web.url}/nowhere/manifest.json does not exist.*opt extract"):
+        web_without = web.url.replace("shards", "shards/nowhere")
+        (local.folder / "manifest.json").rename(local.folder / "manifest")
+        try:
+            ShardReader(web.url + "/nowhere", Cache(tmp_path, 1))
+        finally:
+            (local.folder / "manifest").rename(local.folder / "manifest.json")
+        assert web_without
+    web.ranges = False
+    with pytest.raises(UserError, match="must answer requests for ranges"):
+        reader.sample(40)
+
+
+def test_data_that_changed_is_never_mixed(local: ShardReader, in_memory: str, tmp_path: Path) -> None:
+    before = ShardReader(in_memory, Cache(tmp_path / "cache", 1))
+    before.prefetch([0, 1])
+    other = write_folder(tmp_path / "other", [[full_record(f"new{n}", n) for n in range(4)]] * 4)
+    system = fsspec.filesystem("memory")
+    for path in other.folder.iterdir():
+        system.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    after = ShardReader(in_memory, Cache(tmp_path / "cache", 1))
+    assert agree(after, other, range(len(other))) and agree(before, local, [0, 1])
+    with pytest.raises(UserError, match="memory://shards/00001.npy is not the index|00001.npy.*came of"):
+        before.sample(20)
+    assert pickle.loads(pickle.dumps(before)).fingerprint == local.fingerprint
+
+
+def test_damage_at_the_source_names_it_and_the_key(local: ShardReader, in_memory: str, tmp_path: Path) -> None:
+    content = bytearray((local.folder / "00000.tar").read_bytes())
+    row = np.load(local.folder / "00000.npy")[2]
+    content[int(row["offset"]) + 100_000] ^= 1
+    fsspec.filesystem("memory").pipe_file("/shards/00000.tar", bytes(content))
+    reader = ShardReader(in_memory, Cache(tmp_path, 1))
+    with pytest.raises(DamagedRecord, match="memory://shards/00000.tar.*'key1'.*replaced or damaged") as damaged:
+        reader.sample(2)
+    assert str(pickle.loads(pickle.dumps(damaged.value))) == str(damaged.value)
+    assert agree(reader, local, [0, 1, 4, 5])
+
+
+def test_a_full_disk_and_wrong_settings_are_sentences(
+    local: ShardReader, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShardReader(in_memory, Cache(tmp_path, 1))
+
+    def full(*_: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be written.*No space left"):
+        patched.setattr(os, "pwrite", full)
+        reader.sample(0)
+    assert agree(reader, local, [0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        ShardReader(in_memory, Cache(tmp_path / "file", 1))
+    with pytest.raises(UserError, match="more than 0"):
+        Cache(tmp_path, 0)
+    with pytest.raises(UserError, match="its index alone takes"):
+        ShardReader(in_memory, Cache(tmp_path, 1e-6))
+    with pytest.raises(UserError, match="through a local cache"):
+        ShardReader(in_memory)
+    with pytest.raises(UserError, match=r"pip install 'fsspec\[smb\]'"):
+        ShardReader("smb://host/share", Cache(tmp_path, 1))
+    with pytest.raises(UserError, match="URL that fsspec knows"):
+        ShardReader("nothing://host/share", Cache(tmp_path, 1))
+    with pytest.raises(UserError, match="address of a remote folder"):
+        ShardReader(Path("s3://bucket/shards"))
