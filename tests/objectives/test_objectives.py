@@ -117,7 +117,7 @@ def test_in_batch_contrast_by_hand_and_same_pictures_are_no_negatives() -> None:
     for matrix in (logits, logits.T):
         for row in range(3):
             wanted -= (matrix[row, row] - np.log(np.exp(matrix[row]).sum())) / 2
-    term = in_batch(first, second, torch.tensor([5, 6, 5]), torch.tensor(3.0), torch.tensor(3.0))
+    term = in_batch(first, second, torch.tensor([5, 6, 5]), torch.tensor([3.0]), torch.tensor(3.0), 3)
     assert term.total.item() == pytest.approx(wanted, abs=1e-5)
 
 
@@ -127,8 +127,8 @@ def test_in_batch_contrast_by_hand_and_same_pictures_are_no_negatives() -> None:
     frame_contrast(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
                    torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
     five_way(torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
-    in_batch(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), ONE,
-             torch.tensor(0.0)),
+    in_batch(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
+             ONE[None], torch.tensor(0.0), 0),
 ])
 def test_no_targets_give_zero_and_a_gradient_path(term: Term) -> None:
     assert term.mean().item() == 0.0
