@@ -10,19 +10,18 @@ folders: samples of one key show the same picture wherever they lie, so that non
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from opt.config import UserError
 from opt.data.manifest import LENGTHS, Manifest
+from opt.data.remote import Cache
 from opt.data.shards import ShardReader
 from opt.data.stored import INDEX, StoredShard
-
-if TYPE_CHECKING:
-    from opt.data.remote import Cache
 
 FACTS = ("extractors", "region_classes", "region_attributes", "codebook", "speech_codebooks")
 WIDTHS = ("region_width", "speech_width")
@@ -47,7 +46,7 @@ class Corpora(ShardReader):
     def __init__(self, readers: Sequence[ShardReader]) -> None:
         require_same(readers, whole=False)
         self.readers = tuple(readers)
-        self.folder = readers[0].folder
+        self.folder, self.place = readers[0].folder, " and ".join(reader.place for reader in readers)
         self.manifest = _joined([reader.manifest for reader in readers])
         self._starts = np.cumsum([0, *map(len, readers)])
 
@@ -59,10 +58,9 @@ class Corpora(ShardReader):
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([np.zeros(0, INDEX[name]), *(reader.column(name) for reader in self.readers)])
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
-        for start, reader in zip(self._starts, self.readers, strict=False):
-            if inner := [number - int(start) for number in numbers if 0 <= number - start < len(reader)]:
-                reader.prefetch(inner)
+    def prefetch(self, numbers: Sequence[int], jpeg: bool = False) -> None:
+        for start, reader in zip(self._starts.tolist(), self.readers, strict=False):
+            reader.prefetch([number - start for number in numbers if 0 <= number - start < len(reader)], jpeg)
 
     def locate(self, number: int) -> tuple[StoredShard, np.void]:
         if not 0 <= number < len(self):
@@ -72,9 +70,6 @@ class Corpora(ShardReader):
 
     def _headers(self) -> Iterator[tuple[np.void, dict[str, Any]]]:
         return chain.from_iterable(reader._headers() for reader in self.readers)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Corpora, (self.readers,)
 
 
 def require_same(readers: Sequence[ShardReader], whole: bool) -> None:
@@ -94,7 +89,7 @@ def require_same(readers: Sequence[ShardReader], whole: bool) -> None:
                 facts["extractors"] = {kind: about for kind, about in facts["extractors"].items() if kind in kinds}
         if difference := _difference({name: first[name] for name in names}, {name: second[name] for name in names}):
             raise UserError(
-                f"{pair[0].folder} and {pair[1].folder} do not go together: {difference}; only folders made by the "
+                f"{pair[0].place} and {pair[1].place} do not go together: {difference}; only folders made by the "
                 f"same extractors {'become one' if whole else 'are read in one run'}"
             )
 
@@ -132,7 +127,7 @@ def _joined(manifests: Sequence[Manifest]) -> Manifest:
     for name in (*FACTS, *WIDTHS):
         values = [getattr(manifest, name) for manifest in manifests]
         facts[name] = next(filter(None, values), values[0])
-    facts["extractors"] = dict(chain.from_iterable(reversed([manifest.extractors.items() for manifest in manifests])))
+    facts["extractors"] = dict(ChainMap(*(manifest.extractors for manifest in manifests)))
     return dataclasses.replace(
         manifests[0],
         **facts,

@@ -144,6 +144,7 @@ class _MicroBatches(Dataset[Any]):
         try:
             numbers = np.unique(np.concatenate([rows.sample, rows.partners.ravel()]))
             wanted = [int(number) for number in numbers if number >= 0]
+            self.reader.prefetch(wanted, self.preparer.jpeg)
             samples = {number: self.reader.sample(number, self.preparer.jpeg) for number in wanted}
             return *_pack(self._prepare(samples, rows)), rows.next_position
         except UserError as error:

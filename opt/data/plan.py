@@ -252,8 +252,8 @@ def split(batch: BatchPlan, rank: int, world: int, micro: int = 0, micros: int =
 def shared_out(rows: int, shares: Sequence[Fraction]) -> list[int]:
     """How many of the first `rows` rows of a run come from each corpus; shares of a sum above zero.
 
-    Exact in the long run: never off by more than half a row for each corpus. More rows never mean fewer for one of
-    them, so that a corpus has a stream: each takes its share of what those before it left, rounded, and both what a
+    Exact in the long run: never off by more than half a row for each other corpus. More rows never mean fewer for one
+    of them, so that each has a stream: it takes its share of what those before it left, rounded, and both what a
     rounding takes and what it leaves grow with the whole.
     """
     counts, left = [], sum(shares)

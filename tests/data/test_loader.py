@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -85,10 +86,6 @@ def test_ranks_read_their_rows(reader: ShardReader) -> None:
     for (values, samples, position), *halves in zip(whole, *parts, strict=True):
         for rank, half in enumerate(halves):
             assert half == (values[rank::2], samples[rank::2], position)
-    with pytest.raises(UserError, match="--loop.multiple.*do not split among 3 processes x 1 micro-batches.*--loop.accumulate"):
-        Loader(reader, plan(reader), Preparer(), world=3)
-    with pytest.raises(UserError, match="-1 workers"):
-        Loader(reader, plan(reader), Preparer(), workers=-1)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -105,6 +102,31 @@ def test_micro_batches_of_all_ranks_make_up_the_batch(reader: ShardReader, worke
                 for micro, batch in enumerate(batches):
                     assert batch["value"].tolist() == values[micro::micros][rank::world]
                     assert batch["sample"].tolist() == samples[micro::micros][rank::world]
+
+
+def test_samples_are_fetched_together_before_they_are_read(reader: ShardReader) -> None:
+    class Far(ShardReader):
+        def prefetch(self, numbers: Sequence[int], jpeg: bool = False) -> None:
+            self.here = set(numbers)
+
+        def sample(self, number: int, jpeg: bool = False) -> Sample:
+            self.here.remove(number)
+            return super().sample(number, jpeg)
+
+    far = Far(reader.folder)
+    expected = take(Loader(reader, plan(reader), Preparer(), workers=0), 5)
+    assert take(Loader(far, plan(reader), Preparer(), workers=0), 5) == expected and not far.here
+
+
+def test_steps_that_do_not_split_are_refused(reader: ShardReader) -> None:
+    for world, micros, said in [
+        (3, 1, r"groups of 4 \(--loop.multiple\) do not split among 3 processes x 1 micro-batches \(--loop.accumulate"),
+        (2, 4, "among 2 processes x 4 .*to a multiple of 8.* divides 4"), (1, 0, "--loop.accumulate 0"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            Loader(reader, plan(reader), Preparer(), world=world, micro_batches=micros)
+    with pytest.raises(UserError, match="-1 workers"):
+        Loader(reader, plan(reader), Preparer(), workers=-1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

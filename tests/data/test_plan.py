@@ -58,6 +58,12 @@ def test_epochs_differ_in_order() -> None:
     assert not np.array_equal(first, second)
 
 
+def test_every_turn_has_its_own_order() -> None:
+    plan = make(15)  # 8 rows an epoch: every 15 epochs, 8 turns are over
+    begun = [tuple(sorted(np.concatenate([batch.sample for batch in epoch(plan, number)]))) for number in (0, 15, 30)]
+    assert len(set(begun)) == 3
+
+
 @pytest.mark.parametrize("proportions", [(1.0, 1.0, 1.0), (0.1, 7.0, 2.5), (1e-4, 1.0, 1e-4), None])
 def test_corpora_come_in_their_proportions_and_their_samples_equally_often(proportions: tuple | None) -> None:
     plan = make(sizes=SIZES, proportions=proportions)
@@ -80,14 +86,14 @@ def test_corpora_are_mixed_within_an_epoch() -> None:
 
 
 def test_shared_out_rows_only_grow_and_stay_near_their_shares() -> None:
-    for shares in ([1, 1, 1], [5, 0, 2, 0], [0.003, 0.5, 0.2, 4.0, 1e-9], [7]):
+    for shares in ([1, 1, 1], [2, 3], [5, 0, 2, 0], [0.003, 0.5, 0.2, 4.0, 1e-9], [7]):
         exact = [Fraction(share) for share in shares]
         before = [0] * len(shares)
         for rows in range(1, 3000):
             counts = shared_out(rows, exact)
             assert sum(counts) == rows and all(a <= b for a, b in zip(before, counts, strict=True))
             for count, share in zip(counts, exact, strict=True):
-                assert abs(count - rows * share / sum(exact)) <= Fraction(len(shares), 2)
+                assert abs(count - rows * share / sum(exact)) <= Fraction(len(shares) - 1, 2)
             before = counts
 
 
@@ -125,6 +131,13 @@ def test_the_budget_is_kept_and_filled() -> None:
     assert all(cost <= plan.budget or rows == plan.multiple for rows, cost in totals)
     within = [cost for _, cost in totals if cost <= plan.budget]
     assert np.mean(within) > 0.75 * plan.budget
+
+
+def test_the_samples_of_a_batch_cost_alike() -> None:
+    plan = make()
+    costs = [plan.costs[batch.sample] for batch in epoch(plan)]
+    ordinary = [few[few < 5000] for few in costs]
+    assert np.mean([few.std() for few in ordinary if len(few)]) < 0.4 * np.concatenate(ordinary).std()
 
 
 @pytest.mark.parametrize("proportions", [None, (1.0, 2.0, 3.0)])
