@@ -170,7 +170,7 @@ class RemoteFolder:
                 break
             if pause is None:
                 raise UserError(f"{fault} ({len(PAUSES) + 1} attempts in {sum(PAUSES):g} seconds); the network or the "
-                                "server fails: run the same command again when it is back")
+                                "server fails, or what lies there was replaced: run the same command again")
             time.sleep(pause)
         return [found[span] for span in spans]
 
