@@ -98,6 +98,18 @@ def test_smoothing_spreads_its_share_evenly() -> None:
     assert term.total.item() == pytest.approx((0.9 * losses[1] + 0.1 * losses.mean()).item())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_of_filler_reach_no_loss(smoothing: float) -> None:
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 7, requires_grad=True), torch.tensor([1, -100, 3, -100])
+    term = token_cross_entropy(logits, label, TWO, smoothing)
+    real = token_cross_entropy(logits[[0, 2]], label[[0, 2]], TWO, smoothing)
+    assert term.total.item() == pytest.approx(real.total.item())
+    term.total.backward()
+    assert not logits.grad[[1, 3]].any()
+    assert token_cross_entropy(logits, label.fill_(-100), TWO, smoothing).mean().item() == 0.0
+
+
 def test_five_way_matching_by_hand() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.0, 0.5, -3.0]])
     term = five_way(logits, torch.tensor([0]), ONE)

@@ -212,3 +212,30 @@ def test_tasks_without_a_share_never_come() -> None:
     preparer = rows(shares=config)
     assert dict(zip(preparer.tasks.names, preparer.tasks.shares, strict=True))["dtr"] == 0.0
     assert preparer.tasks.names == TASKS
+
+
+def test_partners_that_are_another_process_rows_are_not_encoded_for_the_alignment() -> None:
+    """Three sequences for the row's own alignment, one for matching; the partners' parts stand in the tables alone."""
+    preparer = rows(alignment_weight=1.0)
+    batch = prepare(preparer, SAMPLES, "match", 3)
+    assert len(batch.views["encoder"].first) == 4
+    assert [len(batch.extra[f"align_{pair}"]) for pair in ("text_image", "text_audio", "image_audio")] == [1, 1, 1]
+
+
+def test_a_picture_is_the_same_number_in_every_batch() -> None:
+    preparer = rows(alignment_weight=1.0)
+    twin = dataclasses.replace(SAMPLES[1], key=SAMPLES[0].key)
+    numbers = [int(prepare(preparer, [sample, *SAMPLES[1:]], "mlm", 0).extra["align_text_image"][0, 2])
+               for sample in (SAMPLES[0], twin, SAMPLES[2])]
+    assert numbers[0] == numbers[1] != numbers[2] and min(numbers) >= 0
+
+
+@pytest.mark.parametrize("mixing", ["rows", "joint"])
+def test_a_batch_of_samples_without_any_part_can_be_trained_on(mixing: str) -> None:
+    preparer = rows(alignment_weight=1.0, mixing=mixing)
+    nothing = [fake_sample(number, regions=False, caption=False, speech=False) for number in range(3)]
+    batch = prepare(preparer, nothing, "joint" if mixing == "joint" else "match", 0)
+    system = OPT(preparer.config, tokenizer(), FACTS)
+    total = loss(system(batch, Progress(0, 0.0)).terms)
+    total.backward()
+    assert total.item() == 0.0 and all(parameter.grad is not None for parameter in system.parameters())
