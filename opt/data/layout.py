@@ -37,7 +37,8 @@ class AttentionLayout:
     """Borders of the sequences for one kernel, buckets for the other; `pairs` and `padded` for whoever counts work.
 
     query_borders, key_borders (S + 1,) int32: where each sequence begins among the N queries and the K keys; the end.
-    longest_query, longest_key: tokens of the longest sequence, or a bound on them.
+    longest (longest query, longest key, 0): tokens of the longest sequences, or a bound on them, as the shape of an empty
+    tensor: torch.compile takes shapes as they come where it would build numbers in.
     key_order (K,) int64: brings keys into the order of pairs, as several pairs may share theirs; None: they lie so.
     query (P,), key (Q,) int64: into the flat tokens, bucket by bucket; padding repeats a valid token of its own
     sequence. key None: every sequence attends to itself, by `query`.
@@ -48,8 +49,7 @@ class AttentionLayout:
 
     query_borders: Tensor
     key_borders: Tensor
-    longest_query: int
-    longest_key: int
+    longest: Tensor
     key_order: Tensor | None
     query: Tensor
     key: Tensor | None
@@ -96,7 +96,7 @@ def _layout(
     in_order = alone or np.array_equal(key_starts, key_borders[:-1])
     return AttentionLayout(
         query_borders=torch.from_numpy(query_borders), key_borders=torch.from_numpy(key_borders),
-        longest_query=int(query_lengths.max(initial=0)), longest_key=int(key_lengths.max(initial=0)),
+        longest=torch.empty(query_lengths.max(initial=0), key_lengths.max(initial=0), 0, dtype=torch.uint8),
         key_order=None if in_order else torch.from_numpy(ranges(key_starts, key_lengths)),
         query=torch.from_numpy(np.concatenate(queries)), key=None if alone else torch.from_numpy(np.concatenate(keys)),
         inverse=torch.from_numpy(inverse), buckets=tuple(buckets),

@@ -59,7 +59,7 @@ def attend(query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: Attentio
     """Scaled dot-product attention of packed queries over packed keys: (N, D).
 
     key_value_M2D: keys beside values. causal: a query sees keys up to its own place; query and key sequences must then
-    be the same. Raises ValueError when there are other keys than the layout was made for.
+    be the same.
     """
     if len(query_ND) == 0:  # no sequence in this batch: an empty result that still uses every projection
         return query_ND + key_value_M2D[:0, : query_ND.shape[1]]
@@ -84,7 +84,7 @@ def _attend_packed(
     key_KHd, value_KHd = key_value_K2D.unflatten(-1, (2 * heads, -1)).chunk(2, dim=1)
     output_NHd = varlen_attn(
         query_ND.unflatten(-1, (heads, -1)), key_KHd, value_KHd, layout.query_borders, layout.key_borders,
-        layout.longest_query, layout.longest_key, window_size=(-1, 0) if causal else (-1, -1),
+        layout.longest.shape[0], layout.longest.shape[1], window_size=(-1, 0) if causal else (-1, -1),
     )
     return output_NHd.flatten(1)
 
