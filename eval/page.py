@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.markup import Markup, curve, element, joined, whisker
+from eval.curves import training
+from eval.markup import Markup, element, joined, whisker
 from eval.result import percent
 from eval.sections import TITLES, Run, captions, drawings, gallery, probe, questions, retrieval, table, transcription
 
@@ -85,35 +86,6 @@ def headlines(run: Run) -> Markup | None:
         class_="hint",
     )
     return joined([element("div", cards, class_="cards"), legend]) if cards else None
-
-
-def training(run: Run) -> Markup | None:
-    """One curve an objective."""
-    if len(run.training) < 2:
-        return None
-    names = dict.fromkeys(name for line in run.training for name in line.get("losses", {}))
-    series = {"loss, all objectives": [(line["step"], line["loss"]) for line in run.training]}
-    for name in names:
-        series[name] = [(line["step"], line["losses"][name]) for line in run.training if name in line["losses"]]
-    charts = [
-        curve(name, [step for step, _ in points], [value for _, value in points])
-        for name, points in series.items()
-        if len(points) > 1
-    ]
-    last = run.training[-1]
-    rates = sorted(line["tokens_per_second"] for line in run.training if "tokens_per_second" in line)
-    facts = [f"{last['step']:,} steps"]
-    facts += [f"{last['seconds'] / 60:.1f} minutes"] if "seconds" in last else []
-    facts += [f"{rates[len(rates) // 2]:,.0f} tokens a second (median)"] if rates else []
-    if "wait_share" in last:
-        facts.append(
-            f"{100 * sum(line['wait_share'] for line in run.training) / len(run.training):.1f} % waiting for data"
-        )
-    return joined([
-        element("h2", "Training"),
-        element("p", " · ".join(facts), class_="hint"),
-        element("div", charts, class_="curves"),
-    ])  # fmt: skip
 
 
 def absent(run: Run) -> Markup | None:

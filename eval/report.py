@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,14 +48,15 @@ def report(config: ReportConfig) -> None:
 def read_run(folder: Path) -> Run:
     """Everything in a run's folder that the page shows. Raises UserError when there is neither result nor training."""
     results = _results(folder / "results")
-    training = _training(folder / "metrics.jsonl")
+    training, validation = _training(folder / "metrics.jsonl")
     if not results and not training:
         raise UserError(
             f"{folder} holds neither results/*.json nor metrics.jsonl; give the folder of a run, "
             "and run `opt eval ...` on its model first"
         )
     name = folder.resolve().name
-    return Run(name, folder / "results", results, training, _json(folder / "config.json"), _seconds(folder, results))
+    return Run(name, folder / "results", results, training, validation, _json(folder / "config.json"),
+               _seconds(folder, results))
 
 
 def summary(run: Run) -> dict[str, float]:
@@ -70,18 +72,30 @@ def _results(folder: Path) -> dict[str, Result]:
     return {task: found[task] for task in [*known, *(task for task in found if task not in known)]}
 
 
-def _training(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; one cut short by a kill or damaged is dropped, a loss that is not finite left out."""
-    lines = []
+def _training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl, of training and of validation; one cut short by a kill or damaged is dropped."""
+    lines, validations = [], []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-            losses = {name: value for name, value in line.get("losses", {}).items() if math.isfinite(value)}
-            if math.isfinite(line["loss"]) and math.isfinite(line["step"]):
-                lines.append({**line, "losses": losses})
+            if not math.isfinite(line["step"]):
+                continue
+            if "validation" in line:
+                validations.append({**_losses(line["validation"]), "step": line["step"]})
+            elif line["loss"] is not None or line["skipped_steps"] > 0:
+                lines.append({**line, **_losses(line)})
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return lines
+    return lines, validations
+
+
+def _losses(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss and losses of a line as finite numbers; those that are none are left out. Raises where it has no such thing.
+    """
+    losses = {name: float(value) for name, value in line.get("losses", {}).items() if math.isfinite(value)}
+    if line["loss"] is not None and not math.isfinite(line["loss"]):
+        raise ValueError("a loss must be finite")
+    return {"loss": line["loss"], "losses": losses}
 
 
 def _seconds(folder: Path, results: dict[str, Result]) -> dict[str, float]:

@@ -58,6 +58,7 @@ class Run:
     pictures: Path
     results: Mapping[str, Result]
     training: Sequence[Mapping[str, Any]] = ()
+    validation: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 

@@ -187,9 +187,9 @@ class Memory:
     weights: int
     gradients: int
     moments: int
-    casts: int
-    activations: int
-    batch: int
+    casts: int = 0
+    activations: int = 0
+    batch: int = 0
 
     @property
     def states(self) -> int:
@@ -201,13 +201,18 @@ class Memory:
         return self.states + self.casts + self.activations + self.batch
 
 
-def memory(system: nn.Module, work: Work, parallel: Literal["ddp", "fsdp"] = "ddp", world: int = 1) -> Memory:
-    """Weights, gradients and AdamW's two moments, a share of them in each process under fsdp; and what `work` keeps."""
+def state_memory(system: nn.Module, parallel: Literal["ddp", "fsdp"] = "ddp", world: int = 1) -> Memory:
+    """Weights, gradients and AdamW's two moments; a share of them in each process under fsdp. No batch yet."""
     share = world if parallel == "fsdp" else 1
     weights = sum(tensor.nbytes for tensor in [*system.parameters(), *system.buffers()])
     trained = sum(parameter.nbytes for parameter in system.parameters() if parameter.requires_grad)
-    return Memory(weights // share, trained // share, 2 * trained // share, work.cast_bytes, work.activation_bytes,
-                  work.batch_bytes)
+    return Memory(weights // share, trained // share, 2 * trained // share)
+
+
+def memory(system: nn.Module, work: Work, parallel: Literal["ddp", "fsdp"] = "ddp", world: int = 1) -> Memory:
+    """`state_memory`, and what `work` keeps."""
+    return dataclasses.replace(state_memory(system, parallel, world), casts=work.cast_bytes,
+                               activations=work.activation_bytes, batch=work.batch_bytes)
 
 
 def available(device: torch.device) -> int:

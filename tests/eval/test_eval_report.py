@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.markup import Markup, curve, element, picture, whisker
+from eval.markup import Line, Markup, curve, element, picture, short, whisker
 from eval.report import ReportConfig, report
 from eval.result import Metric, Provenance, Result, measured, write_result
 from eval.sections import marked
@@ -161,8 +161,13 @@ def test_transcripts_mark_what_is_wrong():
 
 
 def test_charts_keep_to_their_frame():
-    flat = curve("flat", [0, 1, 2], [1.0, 1.0, 1.0])
-    assert "nan" not in flat and "inf" not in flat
+    level = Line("flat", [(0, 1.0), (1, 1.0), (2, 1.0)])
+    nought = Line("nought", [(0, 0.0), (1, 0.0)])
+    for flat in (curve("flat", level), curve("flat", level, nought, (1, 0.0)), curve("flat", nought, zero=True),
+                 curve("flat", level, log=True)):
+        assert "nan" not in flat and "inf" not in flat
+        places = [float(number) for pair in re.findall(r'points="([^"]*)"', flat) for number in re.split("[ ,]", pair)]
+        assert all(0 <= x <= 300 and 0 <= y <= 132 for x, y in zip(places[::2], places[1::2], strict=True))
     assert 'width="156"' in whisker(3.0, (2.0, 4.0), 1.2) and "nan" not in whisker(0.0, None, None)
 
 
@@ -187,3 +192,60 @@ def test_times_that_are_none_are_named(tmp_path, content):
     (run / "seconds.json").write_text(content)
     with pytest.raises(UserError, match="seconds.json"):
         report(ReportConfig(run))
+
+
+def health(step):
+    """What a line says besides losses."""
+    return {"gradient_norm": 0.5 + (100 if step == 3 else 0), "skipped_steps": int(step == 4), "mfu": 0.31,
+            "padded_tokens_per_second": 9.5e3, "memory_gib": 1.5, "learning_rate": 1e-3}
+
+
+def figures(page):
+    return {re.sub("<.*?>", "", title): chart for title, chart in re.findall(
+        r"<figcaption>(.*?)<span class=.ends.*?</figcaption>(.*?)</figure>", page)}
+
+
+def test_old_lines_draw_what_they_hold_and_new_ones_speed_gradient_and_memory(tmp_path):
+    write_training(tmp_path)
+    report(ReportConfig(tmp_path))
+    old = figures((tmp_path / "report.html").read_text())
+    assert set(old) == {"loss, all objectives", "masked &lt;b&gt;words&lt;/b&gt;", "flat", "real tokens a second",
+                        "waiting for data"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    new = [json.dumps(line | health(line["step"])) + "\n" for line in lines]
+    skipped = {**lines[-1], "step": 31, "loss": None, "losses": {}, "gradient_norm": None, "skipped_steps": 10}
+    (tmp_path / "metrics.jsonl").write_text("".join([*new, json.dumps(skipped)]))
+    report(ReportConfig(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert set(figures(page)) == set(old) | {"gradient norm", "share of peak FLOP/s (MFU)", "memory, GiB",
+                                             "learning rate", "steps skipped, so far"}
+    assert "31.0 % of peak" in page and "11 steps skipped" in page and "padded 9,500" in page
+    assert ">1,000<" in figures(page)["gradient norm"] and "polyline" in figures(page)["memory, GiB"]
+
+
+def test_the_best_validation_is_marked(tmp_path):
+    write_training(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]
+    for step, loss in ((10, 4.0), (20, 3.25), (29, 3.5)):
+        lines.insert(step, json.dumps({"step": step, "validation": {"loss": loss, "losses": {"flat": loss}}}))
+    lines += ['{"step": 30, "validation": {"loss": NaN}}', '{"step": 31, "validation": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    report(ReportConfig(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "best validation 3.250 at step 20" in page and "best 3.25 at step 20" in page
+    assert page.count('class="best"') == 2 and "validation 3.5<" in page
+
+
+def test_long_runs_make_no_long_page(tmp_path):
+    write_training(tmp_path, 200)
+    report(ReportConfig(tmp_path))
+    size = len((tmp_path / "report.html").read_text())
+    write_training(tmp_path, 20_000)
+    report(ReportConfig(tmp_path))
+    assert len((tmp_path / "report.html").read_text()) < 6 * size
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.01234, "0.0123"), (3.456, "3.46"), (1234.5, "1,234"), (0, "0"),
+                                             (12_345, "12.3k"), (4.1e6, "4.1M"), (-2e4, "-20k")])
+def test_numbers_are_said_shortly(value, said):
+    assert short(value) == said
