@@ -79,7 +79,7 @@ class Parallel:
             system, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-        replicated.register_comm_hook(None, _summed)
+        replicated.register_comm_hook(None, lambda _, bucket: _summed(bucket))
         self.module = replicated
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -133,11 +133,12 @@ def _shard(system: nn.Module, mesh: Any) -> None:
     """FSDP2: a group for each block, and one for what is around them."""
     groups = [module for module in system.modules() if isinstance(module, Block)] + [system]
     for group in groups:
-        fully_shard(group, mesh=mesh)
-        cast(FSDPModule, group).set_gradient_divide_factor(1.0)
+        sharded = cast(FSDPModule, fully_shard(group, mesh=mesh))
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def _summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's hook: the sum over all processes, where its own would be the mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda reduced: reduced.value()[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,20 @@ class States:
         self._group = dist.new_group(backend="gloo") if world() > 1 else None
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._step = -1
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state and write it in the background, once the one before it is written.
+    def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Copy the state and write it in the background, once the one before it is written; each step only once.
 
         Raises OSError of the one before it: a full disk, a folder that cannot be written.
         """
+        if step == self._step:
+            return
         self.join()
+        self._step = step
         temporary = self.folder / f".step-{step:08d}.tmp"
         self.folder.mkdir(parents=True, exist_ok=True)
-        writing = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group, no_dist=world() == 1)
+        writing = dcp.async_save(state(), checkpoint_id=temporary, process_group=self._group, no_dist=world() == 1)
         assert isinstance(writing, Future)
         self._writing = self._finisher.submit(self._finish, writing, step, temporary)
 

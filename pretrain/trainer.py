@@ -11,12 +11,13 @@ device: counts are summed over processes on the CPU, and a step that must be ski
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Trainer:
 
     def __init__(
         self, system: System, reader: ShardReader, folder: Path, loop: LoopConfig, optim: OptimConfig,
-        proportions: tuple[float, ...] | None = None, held_out: ShardReader | None = None,
+        proportions: tuple[float, ...] = (), held_out: ShardReader | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.system, self.reader, self.folder, self.loop, self.optim = system, reader, folder, loop, optim
@@ -113,14 +114,13 @@ class Trainer:
                 if meter.work is None:
                     meter.measure(work(self.system, batches[0], self.bfloat16, self.device), peak(self.device))
                 batches, stop = counted_together(batches, self.stopped_by is not None)
-                step = self.train_step(batches)
+                if stop:
+                    self._end_as_asked(batches[0])
+                self._note(self.train_step(batches), batches, meter)
                 self.step, self.position = self.step + 1, position
-                self._note(step, batches, meter)
-                self._log_and_save(batches, step, meter, metrics, loader, bar, stop)
+                self._log_and_save(batches[0], meter, metrics, loader.waited, bar)
                 if profiler is not None:
                     profiler.step()
-                if stop:
-                    self._end_as_asked()
         self._write_model("model")
         self.states.join()
 
@@ -164,7 +164,7 @@ class Trainer:
         """The data order of this run: a pure function of seed, shards and system."""
         costs = self.preparer.cost(self.reader.lengths)
         return Plan(self.loop.seed, costs, self.loop.batch_tokens, self.preparer.tasks, self.reader.key_hash,
-                    self.loop.multiple, self.reader.sizes, self.proportions)
+                    self.loop.multiple, self.reader.sizes, self.proportions or None)
 
     def loader(self) -> Loader:
         """This process's micro-batches, from where the run is."""
@@ -175,35 +175,32 @@ class Trainer:
         for terms, share, batch in zip(step.terms, step.losses, batches, strict=True):
             meter.add(terms, share, batch)
         meter.step(step.kept, step.norm)
-        self.guard.watch(self.step, [key for batch in batches for key in batch.keys], step.kept)
+        self.guard.watch(self.step + 1, [key for batch in batches for key in batch.keys], step.kept)
 
     def _log_and_save(
-        self, batches: list[Batch], step: Step, meter: Meter, metrics: MetricsFile, loader: Loader, bar: Bar | None,
-        stop: bool,
+        self, batch: Batch, meter: Meter, metrics: MetricsFile, waited: float, bar: Bar | None
     ) -> None:
         """What is due after a step: a line of metrics, a validation, a state."""
         last, note = self.step >= self.loop.steps, None
-        validate = self.validation is not None and self.loop.validate_every > 0 and (
-            self.step % self.loop.validate_every == 0 or last)
-        save = self.step % self.loop.save_every == 0 or last or stop
-        if self.step % self.loop.log_every == 0 or save or validate:
+        log, validate, save = (last or self.step % every == 0 for every in (
+            self.loop.log_every, self.loop.validate_every or sys.maxsize, self.loop.save_every))
+        if log or validate or save:
             self.guard.review()
-        if self.step % self.loop.log_every == 0 or last:
+        if log:
             rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
-            note = metrics.append({"step": self.step, **meter.line(loader.waited), "learning_rate": rate})
-        if validate:
-            note = self._validate(metrics, meter)
+            note = metrics.append({"step": self.step, **meter.line(waited), "learning_rate": rate})
+        if validate and self.validation is not None:
+            note = self._validate(self.validation, metrics, meter)
         if save or self.finished:
-            self._save(batches[0])
+            self._save(batch)
         if bar is not None:
             bar.advance(1, note)
 
-    def _validate(self, metrics: MetricsFile, meter: Meter) -> str:
+    def _validate(self, validation: Validation, metrics: MetricsFile, meter: Meter) -> str:
         """Validate, keep the best model, and say how it went."""
-        assert self.validation is not None
         began = time.perf_counter()
         self.states.join()  # its loader forks, and nothing may be under way in threads then
-        values = self.validation.run(self.system, self.device, self.bfloat16, self.progress)
+        values = validation.run(self.system, self.device, self.bfloat16, self.progress)
         if self.best.take(values["loss"], self.step):
             self._write_model("best")
         meter.pause(time.perf_counter() - began)
@@ -211,7 +208,7 @@ class Trainer:
         return f"validation {values['loss']:.3f}, best {self.best.loss:.3f} at step {self.best.step}"
 
     def _save(self, batch: Batch) -> None:
-        self.states.save(self.step, self._state())
+        self.states.save(self.step, self._state)
         if rank() == 0 and not self.parallel.sharded:
             save_picture(self.system, batch.to(self.device), self.folder / "pictures" / f"step-{self.step:08d}.png")
 
@@ -222,7 +219,9 @@ class Trainer:
         if rank() == 0:
             save_pretrained(self.system, self.folder / name, weights)
 
-    def _end_as_asked(self) -> None:
+    def _end_as_asked(self, batch: Batch) -> NoReturn:
+        """Save and leave, to be run again."""
+        self._save(batch)
         self.states.join()
         if self.stopped_by == signal.SIGINT:
             raise KeyboardInterrupt

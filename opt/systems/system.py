@@ -190,8 +190,9 @@ class System(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> Output:
         raise self._cannot("be trained")
 
-    def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
-        """Moves twins, queues and clamps, once per optimizer step. Nothing to move by default."""
+    def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
+        """Moves twins, queues and clamps, once per optimizer step: one carry for each micro-batch. Nothing to move by
+        default. kept: bool, on the device; False where the step was skipped: then what was carried must not enter."""
 
     def illustrate(self, batch: Batch) -> Tensor | None:
         """A picture of what has been learned, uint8 (height, width, 3) on any device; drawn when a state is saved, in

@@ -19,7 +19,7 @@ def state(value: float) -> dict:
 def save(folder: Path, *steps: int, keep: int = 2) -> None:
     states = States(folder, keep)
     for step in steps:
-        states.save(step, state(step))
+        states.save(step, lambda step=step: state(step))
     states.join()
 
 
@@ -34,7 +34,7 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
 
 def test_what_changes_after_saving_is_not_in_the_state(tmp_path: Path) -> None:
     states, content = States(tmp_path, 1), state(3)
-    states.save(3, content)
+    states.save(3, lambda: content)
     content["weights"].fill_(7.0)
     states.join()
     loaded = state(0)

@@ -3,41 +3,38 @@
 import dataclasses
 import itertools
 import json
+import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from fixtures import fake_sample, fake_shards
 from stopping import stopped_equals_whole
+from training import MODEL, config
 
-from opt.checkpoint import from_pretrained, newest_state
+from opt.checkpoint import from_pretrained
 from opt.cli import main
-from opt.config import UserError
+from opt.config import RunAgain, UserError
+from opt.data.batch import Batch
 from opt.data.shards import ShardReader
 from opt.lock import alone
-from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
-from opt.systems.opt import tiny
-from pretrain.metrics import Meter
+from opt.systems.opt import OPT, tiny
+from opt.systems.system import Output, Progress
 from pretrain.optim import learning_rate
 from pretrain.run import PretrainConfig, pretrain
-from pretrain.trainer import Trainer
-
-MODEL = dataclasses.replace(
-    tiny().model, width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8, dropout=0.1
-)
-
+from pretrain.state import newest_state
+from pretrain.trainer import Trainer, use_bfloat16
+from pretrain.validation import Validation
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     fake_shards(folder, [fake_sample(number) for number in range(64)])
     return folder
-
-
-def config(shards: Path, out: Path, **changes: object) -> PretrainConfig:
-    loop = LoopConfig(**{"steps": 12, "batch_tokens": 500, "workers": 0, "log_every": 2, "save_every": 4, **changes})
-    return PretrainConfig("opt.tiny", shards, out, MODEL, loop=loop)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -58,10 +55,10 @@ def test_a_kill_in_the_middle_costs_what_follows_the_last_checkpoint(
     pretrain(config(shards, tmp_path / "whole"))
     step = Trainer.train_step
 
-    def die_at_ten(self: Trainer, batch: object) -> object:
+    def die_at_ten(self: Trainer, batches: object) -> object:
         if self.step == 9:
             raise RuntimeError("killed")
-        return step(self, batch)
+        return step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", die_at_ten)
     with pytest.raises(RuntimeError, match="killed"):
@@ -105,7 +102,7 @@ def test_a_batch_holds_the_tokens_asked_for(shards: Path, tmp_path: Path) -> Non
     pretrain(config(shards, tmp_path, steps=1))
     loop = LoopConfig(batch_tokens=500, workers=0)
     trainer = Trainer(from_pretrained(tmp_path / "model"), reader, tmp_path / "new", loop, OptimConfig())
-    for batch, _ in itertools.islice(trainer._loader(), 4):
+    for (batch,), _ in itertools.islice(trainer.loader(), 4):
         assert 200 < batch.tokens < 1.6 * 500 + 65 * len(batch.keys)
 
 
@@ -174,24 +171,156 @@ def test_a_damaged_configuration_is_a_sentence(shards: Path, tmp_path: Path) -> 
         pretrain(config(shards, tmp_path))
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """The loss of the steps that `bad` names is not a number."""
+    forward = OPT.forward
+
+    def poison(self: OPT, batch: Batch, progress: Progress) -> Output:
+        output = forward(self, batch, progress)
+        mlm = output.terms["mlm"]
+        factor = float("nan") if bad(progress.step) else 1.0
+        return Output({**output.terms, "mlm": dataclasses.replace(mlm, total=mlm.total * factor)}, output.carry)
+
+    monkeypatch.setattr(OPT, "forward", poison)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_is_named(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    poisoned(monkeypatch, lambda step: step == 3)
+    before: dict[int, dict[str, torch.Tensor]] = {}
     step = Trainer.train_step
 
-    def run_off(self: Trainer, batch: object) -> object:
-        terms, total, norm = step(self, batch)
-        return terms, total * float("nan") if self.step >= 5 else total, norm
+    def remembered(self: Trainer, batches: list[Batch]) -> object:
+        before[self.step] = {name: value.clone() for name, value in self.system.state_dict().items()}
+        return step(self, batches)
 
-    monkeypatch.setattr(Trainer, "train_step", run_off)
-    with pytest.raises(UserError, match="not finite at step 8"):
-        pretrain(config(shards, tmp_path, log_every=100))
+    monkeypatch.setattr(Trainer, "train_step", remembered)
+    pretrain(config(shards, tmp_path))
+    assert all(torch.equal(before[3][name], before[4][name]) for name in before[3])
+    assert any(not torch.equal(before[2][name], before[3][name]) for name in before[3])
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 4 and len(json.loads(line)["keys"]) >= 8
+    assert "step 4 was skipped" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0, 0, 0, 0]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_too_many_in_a_row_end_the_run_and_what_was_learned_is_kept(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, lambda step: step in (1, 2) or step >= 5)
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, the last of them 8.*skipped\.jsonl"):
+        pretrain(config(shards, tmp_path, max_skipped=3))
     newest = newest_state(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-00000004"
+    with pytest.raises(UserError, match="the last of them 8"):  # the count is part of the state
+        pretrain(config(shards, tmp_path, max_skipped=3))
 
 
-def test_a_term_that_counted_nothing_is_not_logged_as_nought() -> None:
-    meter = Meter()
-    meter.add({"some": Term(torch.tensor(6.0), torch.tensor(3.0)), "none": Term(torch.tensor(0.0), torch.tensor(0.0))},
-              torch.tensor(2.0), 10)
-    assert meter.line(0.0)["losses"] == {"some": 2.0}
+def validated(shards: Path, out: Path, held_out: Path, **changes: object) -> PretrainConfig:
+    loop = {"validate_every": 3, "validate_batches": 2, **changes}
+    return dataclasses.replace(config(shards, out, **loop), validation=str(held_out))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("held_out")
+    fake_shards(folder, [fake_sample(number) for number in range(200, 224)])
+    return folder
+
+
+def validations(out: Path) -> dict[int, float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
+
+
+def test_validation_keeps_the_best_model(shards: Path, tmp_path: Path, held_out: Path) -> None:
+    pretrain(validated(shards, tmp_path, held_out))
+    losses = validations(tmp_path)
+    assert list(losses) == [3, 6, 9, 12]
+    best = from_pretrained(tmp_path / "best")
+    again = Validation(ShardReader(held_out), best.preparer(), config(shards, tmp_path, validate_batches=2).loop)
+    bfloat16 = use_bfloat16("auto", torch.device("cpu"))
+    values = again.run(best, torch.device("cpu"), bfloat16, Progress(12, 1.0))
+    assert values["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_validating_changes_nothing_that_is_learned(shards: Path, tmp_path: Path, held_out: Path) -> None:
+    pretrain(config(shards, tmp_path / "plain"))
+    pretrain(validated(shards, tmp_path / "validated", held_out, workers=1))
+    plain, with_validation = weights(tmp_path / "plain"), weights(tmp_path / "validated")
+    assert all(torch.equal(plain[name], with_validation[name]) for name in plain)
+
+
+def test_a_run_ends_early_and_stays_ended(
+    shards: Path, tmp_path: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.5, 1.0])
+    monkeypatch.setattr(Validation, "run", lambda *_: {"loss": next(losses), "losses": {}})
+    ended = validated(shards, tmp_path, held_out, patience=2, validate_every=2, steps=20)
+    pretrain(ended)
+    assert "trained 8 steps, ended early: no better loss since step 4" in capsys.readouterr().out
+    assert validations(tmp_path) == {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.5}
+    pretrain(ended)
+    assert "is finished: 8 steps" in capsys.readouterr().out
+
+
+def test_patience_survives_a_stop(
+    shards: Path, tmp_path: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.5}
+
+    def known(self: Validation, module: object, device: object, bfloat16: bool, progress: Progress) -> dict:
+        return {"loss": losses[progress.step], "losses": {}}
+
+    monkeypatch.setattr(Validation, "run", known)
+    step = Trainer.train_step
+
+    def stop_after_seven(self: Trainer, batches: list[Batch]) -> object:
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    ended = validated(shards, tmp_path, held_out, patience=2, validate_every=2, steps=20)
+    with monkeypatch.context() as patched, pytest.raises(RunAgain):
+        patched.setattr(Trainer, "train_step", stop_after_seven)
+        pretrain(ended)
+    pretrain(ended)
+    assert list(validations(tmp_path)) == [2, 4, 6, 8]
+
+
+def test_validation_needs_held_out_shards(shards: Path, tmp_path: Path, held_out: Path) -> None:
+    with pytest.raises(UserError, match="need --validation"):
+        pretrain(config(shards, tmp_path, validate_every=3))
+    with pytest.raises(UserError, match="--loop.validate-every"):
+        pretrain(dataclasses.replace(config(shards, tmp_path), validation=str(held_out)))
+
+
+def test_a_run_starts_warm_from_another_model(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(config(shards, tmp_path / "first", steps=3))
+    start = f"model:{tmp_path / 'first' / 'model'}"
+    warm = dataclasses.replace(config(shards, tmp_path / "warm", steps=1), start=start, optim=OptimConfig(1e-12))
+    pretrain(warm)
+    assert "begins with the weights of model:" in capsys.readouterr().out
+    first, after = weights(tmp_path / "first"), weights(tmp_path / "warm")
+    assert all(torch.allclose(first[name], after[name], atol=1e-9) for name in first)
+    with pytest.raises(UserError, match="began without --start|start = "):
+        pretrain(dataclasses.replace(config(shards, tmp_path / "first", steps=3), start=start))
+    wide = dataclasses.replace(MODEL, width=32)
+    with pytest.raises(UserError, match=r"\(.*16.*\), not \(.*32.*\).*--model"):
+        pretrain(dataclasses.replace(config(shards, tmp_path / "wide"), start=start, model=wide))
+
+
+def test_several_corpora_in_proportions(shards: Path, tmp_path: Path) -> None:
+    fake_shards(tmp_path / "pairs", [fake_sample(number, speech=False) for number in range(100, 140)])
+    several = dataclasses.replace(config(shards, tmp_path / "run"), shards=(str(shards), str(tmp_path / "pairs")),
+                                  proportions=(1.0, 3.0))
+    pretrain(several)
+    with pytest.raises(UserError, match="proportions"):
+        pretrain(dataclasses.replace(several, proportions=(1.0, 2.0)))
+    with pytest.raises(UserError, match="--proportions"):
+        pretrain(dataclasses.replace(several, out=tmp_path / "other", proportions=(1.0,)))

@@ -174,7 +174,7 @@ class OPT(System):
         target_MA[target.label[:, 0], target.label[:, 1]] = batch.extra["answer_scores"]
         return {"answer": soft_classes(logits_MA, target_MA, batch.counts["answer"])}
 
-    def after_step(self, carries: Sequence[dict[str, Tensor]]) -> None:
+    def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """Keeps the temperature in its range."""
         if self.temperature is not None:
             self.temperature.clamp()
