@@ -5,8 +5,8 @@
 What is real keeps its place, so every index stays valid. Filler repeats entries that are there, is seen by no real
 token and looked at by no target; a decoder's filler has the label -100, which no loss counts. Its gradients are zero.
 
-A capacity has at most one significant digit in base 8 behind the leading bit: 1024, 1152, 1280 ... 2048, 2304. So at
-most an eighth is filler, and batches of a token budget come in four or five sizes. Small things are filled coarsely.
+Between a power of two and the next lie eight capacities: 1024, 1152 ... 1920, 2048, 2304. So an eighth at most is filler,
+and the batches of a token budget come in four or five sizes. Below, small things are filled coarsely.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Filled:
         """For each of the lengths (S,), those of the filler sequences behind them: equally many, none empty (kernels
         differ on those), none longer than LONGEST_FILLER."""
         totals = [int(each.sum()) for each in lengths]
-        spare = max(-(-self._step(total + SEQUENCES) // (LONGEST_FILLER - 2)) for total in totals)
+        spare = max(-(-self._step(2 * total) // (LONGEST_FILLER - 2)) for total in totals)
         sequences = len(lengths[0])
         count = _up(sequences + spare, SEQUENCES) - sequences
         fillers = [self.capacity(total + count) - total for total in totals]
