@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from opt.data.batch import Batch
 from opt.data.manifest import shard_name, write_manifest
 from opt.data.record import Narration, Picture, Record
 from opt.data.shards import ShardReader, ShardWriter
 from opt.data.tokenizer import SPECIALS, Tokenizer
 from opt.systems.opt import OPT, paper, small, tiny
 from opt.systems.system import DataFacts, Preset
+from pretrain.estimate import listed, measured_product, work
 from pretrain.run import facts
 from pretrain.trainer import Trainer
 
 REGIONS, REGION_WIDTH, CLASSES, SPEECH_WIDTH, CODES = 100, 2048, 1600, 768, 8192
-DENSE_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-"""Peak operations a second of matrix products without sparsity, by the maker; by a part of the device's name."""
 
 
 def main() -> None:
@@ -65,11 +63,11 @@ def measure(folder: Path, tokens: int, later: int) -> dict[str, object]:
         losses.append(round(float(step.losses[0]), 3))
         seconds.append(round(duration, 3))
         wall.append(round(time.perf_counter() - began, 3))
-    typical, matmul = float(np.median(seconds[1:])), matrix_product(trainer.device)
-    operations = flops(system, batch)
+    typical, matmul = float(np.median(seconds[1:])), measured_product(trainer.device, torch.bfloat16)
+    operations = work(system, batch, trainer.bfloat16, trainer.device).flops
     cuda = trainer.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
-    peak = next((value for part, value in DENSE_BF16.items() if cuda and part in device), None)
+    peak = listed(device)
     return {
         "device": device, "torch": torch.__version__, "precision": "bfloat16" if trainer.bfloat16 else "float32",
         "parameters": parameters(system), "small_parameters": total(small()), "tiny_parameters": total(tiny()),
@@ -123,38 +121,6 @@ def total(preset: Preset) -> int:
         words = vocabulary(Path(name), preset.vocabulary_size)
         classes = tuple(f"class{number}" for number in range(CLASSES))
         return parameters(OPT(preset.model, words, DataFacts(REGION_WIDTH, classes, SPEECH_WIDTH, 7.0, CODES)))["total"]
-
-
-def flops(system: OPT, batch: Batch) -> float:
-    """Operations of the step's matrix products: 2 for each multiply-add, once forward and twice backward. With width D,
-    inner width I, N tokens in sequences of length L:
-
-        encoder  layers x [N (4 D^2 + 2 D I) + 2 D sum L^2]
-        decoder  layers x [W (6 D^2 + 2 D I) + C 2 D^2 + D sum l^2 + 2 D sum l c] + W D V
-
-    for W written tokens in rows of l, that look at C tokens in sequences of c; keys of a causal row count half.
-    Embedders and heads: inputs and targets times their matrices. Norms, softmax and the optimizer are left out.
-    """
-    config, facts, view = system.config, system.facts, batch.views["encoder"]
-    width, inner, tokens = config.width, config.inner, len(view.gather)
-    sums = config.layers * (tokens * (4 * width**2 + 2 * width * inner) + 2 * width * view.layout.pairs)
-    for name, size in (("text", system.tokenizer.size), ("codes", facts.codebook)):
-        writing = batch.writings[name]
-        written, pairs = len(writing.ids), writing.layout.pairs + 2 * writing.context.pairs
-        sums += config.decoder_layers * (written * (6 * width**2 + 2 * width * inner) + 2 * len(writing.seen) * width**2
-                                         + width * pairs) + written * width * size
-    sums += width * (len(batch.regions.masked) * facts.region_width + len(batch.frames.masked) * facts.speech_width)
-    for name, outputs in (("mlm", width + system.tokenizer.size), ("frames", facts.speech_width), ("match", width + 5),
-                          ("regions", facts.region_width + len(facts.region_classes) + 1)):
-        sums += len(batch.targets[name].index) * width * outputs
-    return 3 * 2 * sums
-
-
-def matrix_product(device: torch.device) -> float:
-    """Operations a second of a large bfloat16 matrix product on the same device and threads, the best of ten."""
-    size = (4096, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
-    left, right = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in (size[:2], size[1:]))
-    return 2 * float(np.prod(size)) / min(timed(lambda: left @ right, device)[0] for _ in range(10))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

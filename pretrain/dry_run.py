@@ -132,8 +132,9 @@ def _batches(trainer: Trainer) -> Iterator[str]:
 
 
 def _memory(needed: Memory, there: int) -> Iterator[str]:
-    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in vars(needed).items())
-    yield _line("memory", f"about {in_bytes(needed.total)} of {in_bytes(there)}: {parts}")
+    yield _line("memory", f"about {in_bytes(needed.total)} of {in_bytes(there)}" + " a process" * (world() > 1))
+    for name, size in vars(needed).items():
+        yield _line("", f"{name:<12}{in_bytes(size):>9}")
     if needed.total > there:
         yield _line("", "WARNING: that may be more than there is; lower --loop.batch-tokens, raise --loop.accumulate, "
                     "or use more processes")

@@ -34,6 +34,8 @@ DENSE_BFLOAT16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 3
                   "4090": 165e12}
 """Operations a second of bfloat16 matrix products without sparsity, by the maker; by words of the device's name."""
 MEASURED_SECONDS = 0.1
+PROJECTIONS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+"""What attention is counted by its operations for; its inner products are counted by pairs."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,7 @@ class _Counter(TorchDispatchMode):
         operation = func._overloadpacket
         if operation is torch.ops.aten._to_copy and args[0] in self.weights:
             self.casts.add(result)
-        kernel = "attention" in str(operation) or (self._attending and operation is torch.ops.aten.bmm)
-        if operation in flop_registry and not kernel:
+        if operation in (PROJECTIONS if self._attending else flop_registry):
             self.products += _passes() * flop_registry[operation](*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -261,7 +262,7 @@ def peak(device: torch.device, bfloat16: bool = True) -> Peak:
         if (figure := listed(name)) is not None:
             return Peak(figure, f"{name}, bfloat16 by its maker")
     kind = torch.bfloat16 if bfloat16 else torch.float32
-    return Peak(_measured(device, kind), f"{str(kind).removeprefix('torch.')} matrix product, measured")
+    return Peak(measured_product(device, kind), f"{str(kind).removeprefix('torch.')} matrix product, measured")
 
 
 def listed(name: str) -> float | None:
@@ -270,8 +271,8 @@ def listed(name: str) -> float | None:
     return next((figure for known, figure in DENSE_BFLOAT16.items() if set(known.split()) <= words), None)
 
 
-def _measured(device: torch.device, kind: torch.dtype) -> float:
-    """The best of as many large products as fit into MEASURED_SECONDS, three at least."""
+def measured_product(device: torch.device, kind: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of three or more within MEASURED_SECONDS."""
     rows, inner, columns = (1024, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
     own = torch.Generator(device).manual_seed(0)  # the run's generator stays where it is
     left = torch.randn(rows, inner, dtype=kind, device=device, generator=own)
