@@ -76,7 +76,7 @@ class Parallel:
             _shard(system, init_device_mesh(device.type, (dist.get_world_size(),)))
             return
         replicated = DistributedDataParallel(
-            system, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+            system, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
         replicated.register_comm_hook(None, lambda _, bucket: _summed(bucket))

@@ -1,6 +1,6 @@
 """`opt pretrain`: a system's preset, shards and a folder become a run; the same command again goes on with it.
 
-    config --processes, shards, words, weights to start with--> Trainer --> out/{config.json, metrics.jsonl, model/, ...}
+    config --processes, shards, words, weights to start with--> Trainer --> out/{config.json, model/, ...}
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 
 from opt import config as configuration
@@ -24,7 +23,7 @@ from opt.data.manifest import Manifest
 from opt.data.remote import Cache
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
-from opt.distributed import rank, world
+from opt.distributed import rank
 from opt.files import write_atomic
 from opt.lock import alone
 from opt.recipe import LoopConfig, OptimConfig
@@ -174,7 +173,8 @@ def train(
         require_memory(trainer)
         trainer.run(Profile(config.out / "profile", config.profile) if config.profile else None,
                     TensorBoard(config.out / "tensorboard", trainer.step) if config.tensorboard else None)
-    early = f", ended early: no better loss since step {trainer.best.step:,}" if trainer.step < config.loop.steps else ""
+    ended_early = trainer.step < config.loop.steps
+    early = f", ended early: no better loss since step {trainer.best.step:,}" if ended_early else ""
     best = f", the best one {config.out / 'best'}" if trainer.best.step else ""
     say(f"trained {trainer.step} steps{early}; the model is {model}{best}")
 

@@ -23,7 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from opt.checkpoint import save_pretrained
 from opt.config import RunAgain, UserError
@@ -105,7 +110,9 @@ class Trainer:
         metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step, tensorboard), Meter()
         loader = self.loader()
         with ExitStack() as stack:
-            bar = stack.enter_context(progress("training", self.loop.steps, self.step, "steps")) if rank() == 0 else None
+            bar = progress("training", self.loop.steps, self.step, "steps") if rank() == 0 else None
+            if bar is not None:
+                stack.enter_context(bar)
             profiler = stack.enter_context(profile) if profile is not None else None
             stack.enter_context(self._stop_signals())
             for batches, position in loader:
@@ -242,8 +249,8 @@ class Trainer:
         set_state_dict(self.system, self.optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         counters = {name: value.item() for name, value in state["counters"].items()}
-        self.step, self.position, self.guard.in_a_row = (int(counters[name]) for name in ("step", "position", "skipped"))
-        self.best = Best(counters["best_loss"], int(counters["best_step"]), int(counters["since_best"]))
+        self.step, self.position, self.guard.in_a_row = counters["step"], counters["position"], counters["skipped"]
+        self.best = Best(counters["best_loss"], counters["best_step"], counters["since_best"])
 
     def _seed(self, micro_batch: int) -> int:
         """Of what is drawn in a micro-batch of the step at hand, on this process."""

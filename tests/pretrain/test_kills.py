@@ -1,4 +1,4 @@
-"""Kill -9 at ten random moments of a run, started again each time: the final weights are bit-equal to those of a run
+"""Kill -9 at random moments of a run, started again each time: the final weights are bit-equal to those of a run
 that nothing happened to. In one process and in two."""
 
 import random
@@ -11,29 +11,38 @@ from fixtures import fake_sample, fake_shards
 from training import Job, config, train
 
 from opt.checkpoint import from_pretrained
+from pretrain.state import newest_state
 
 KILLS = 10
+
+
+STEPS = {"steps": 90, "save_every": 3, "log_every": 10}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ten_kills_change_nothing(world: int, tmp_path: Path) -> None:
     fake_shards(tmp_path / "shards", [fake_sample(number) for number in range(64)])
-    chosen = {"steps": 60, "save_every": 3}
-    began = time.monotonic()
-    assert Job(world, train, config(tmp_path / "shards", tmp_path / "whole", **chosen)).wait() == [0] * world
-    whole_seconds = time.monotonic() - began
-    chance, moments, kills = random.Random(world), [], 0
-    while kills < KILLS:
-        job = Job(world, train, config(tmp_path / "shards", tmp_path / "killed", **chosen))
-        time.sleep(chance.uniform(0.3, 1.0) * whole_seconds)
-        if not any(process.is_alive() for process in job.processes):
-            break  # it came to its end between kills
+    length = {"steps": 9 * kills, "save_every": 3, "log_every": 10}
+    whole, killed = (config(tmp_path / "shards", tmp_path / name, **length) for name in ("whole", "killed"))
+    assert Job(world, train, whole).wait() == [0] * world
+    chance = random.Random(world)
+    for number in range(kills):
+        job = Job(world, train, killed)
+        if number % 3:  # while it trains and saves
+            wait_for_a_state_after(newest_state(killed.out / "checkpoints"), killed.out / "checkpoints")
+            time.sleep(chance.uniform(0.0, 0.3))
+        else:  # while it starts
+            time.sleep(chance.uniform(0.0, 2.0))
+        assert any(process.is_alive() for process in job.processes), "it came to its end before the last kill"
         job.kill()
-        kills += 1
-        moments.append(len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))))
-    assert kills >= 3 and max(moments) > 0, "the kills came before anything was saved"
-    assert Job(world, train, config(tmp_path / "shards", tmp_path / "killed", **chosen)).wait() == [0] * world
-    whole, killed = (from_pretrained(tmp_path / run / "model").state_dict() for run in ("whole", "killed"))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    left = [path.name for path in (tmp_path / "killed").rglob("*.tmp")]
-    assert not left
+    assert Job(world, train, killed).wait() == [0] * world
+    expected, found = (from_pretrained(run.out / "model").state_dict() for run in (whole, killed))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not list(killed.out.rglob("*.tmp"))
+
+
+def wait_for_a_state_after(seen: Path | None, folder: Path) -> None:
+    end = time.monotonic() + 60
+    while newest_state(folder) == seen:
+        assert time.monotonic() < end, "nothing was saved in a minute"
+        time.sleep(0.01)

@@ -30,6 +30,7 @@ from pretrain.state import newest_state
 from pretrain.trainer import Trainer, use_bfloat16
 from pretrain.validation import Validation
 
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
