@@ -3,6 +3,8 @@
 As the real one it is an opaque operation with a backward operation of its own, so torch.compile treats it alike.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,12 +88,12 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, query_borders
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.rest = inputs[5:]
 
 
-def _gradients(ctx, gradient: Tensor) -> tuple:
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.opt_test.varlen_backward(gradient, *ctx.saved_tensors, *ctx.rest), *[None] * 5
 
 

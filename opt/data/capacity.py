@@ -5,8 +5,8 @@
 What is real keeps its place, so every index stays valid. Filler repeats entries that are there, is seen by no real
 token and looked at by no target; a decoder's filler has the label -100, which no loss counts. Its gradients are zero.
 
-Between a power of two and the next lie eight capacities: 1024, 1152 ... 1920, 2048, 2304. So an eighth at most is filler,
-and the batches of a token budget come in four or five sizes. Below, small things are filled coarsely.
+Between a power of two and the next lie eight capacities: 1024, 1152 ... 1920, 2048, 2304. So about an eighth at most is
+filler, and the batches of a token budget come in four or five sizes; small things are filled coarsely.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ in a bucket, L padded length, P and Q dense queries and keys of all buckets.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,10 @@ def _attend_packed(
     if layout.key_order is not None:
         key_value_K2D = F.embedding(layout.key_order, key_value_M2D)
     key_KHd, value_KHd = key_value_K2D.unflatten(-1, (2 * heads, -1)).chunk(2, dim=1)
-    output_NHd = varlen_attn(
+    output_NHd = cast(Tensor, varlen_attn(
         query_ND.unflatten(-1, (heads, -1)), key_KHd, value_KHd, layout.query_borders, layout.key_borders,
         layout.longest.shape[0], layout.longest.shape[1], window_size=(-1, 0) if causal else (-1, -1),
-    )
+    ))
     return output_NHd.flatten(1)
 
 

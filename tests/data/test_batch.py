@@ -29,7 +29,12 @@ def received() -> Batch:
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    batches._apply(batch, lambda tensor: found.append(tensor) or tensor)
+
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    batches._apply(batch, collect)
     return found
 
 

@@ -1,11 +1,12 @@
 """Packed attention equals dense attention, sequence by sequence, forward and backward."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import varlen
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,7 +120,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(operation))
         return operation(*args, **(kwargs or {}))
 
@@ -130,8 +131,9 @@ def test_products_in_bfloat16_equal_torchs_attention_up_to_rounding(kind: str) -
     query_lengths, layout = shared_contexts() if kind == "cross" else (LENGTHS, self_layout(LENGTHS))
     query = torch.randn(int(query_lengths.sum()), 32, dtype=torch.bfloat16, requires_grad=True)
     key_value = torch.randn(int(LENGTHS.sum()), 64, dtype=torch.bfloat16, requires_grad=True)
-    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key_value)]
-    rounded, wanted = attend(query, key_value, 4, layout, kind == "causal"), attend(*exact, 4, layout, kind == "causal")
+    exact = query.detach().double().requires_grad_(), key_value.detach().double().requires_grad_()
+    rounded = attend(query, key_value, 4, layout, kind == "causal")
+    wanted = attend(exact[0], exact[1], 4, layout, kind == "causal")
     weight = torch.randn(wanted.shape)
     gradients = torch.autograd.grad((rounded * weight).sum(), (query, key_value))
     for got, expected in zip((rounded, *gradients),
