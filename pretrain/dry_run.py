@@ -27,7 +27,8 @@ from opt.data.corpora import Corpora
 from opt.distributed import sum_over_ranks, world
 from opt.progress import counted, in_bytes
 from pretrain.estimate import Memory, Work, available, memory, peak, state_memory, work
-from pretrain.parallel import counted_together, say
+from pretrain.metrics import of_every_process
+from pretrain.parallel import counted_together, of_first, say
 
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
@@ -52,7 +53,7 @@ def describe(trainer: Trainer, out: Path) -> None:
     for line in [*_memory(needed, there), *_disk(trainer, out)]:
         say(line)
     require_memory(trainer)
-    if needed.total > there:
+    if max(of_every_process(needed.total)) > there:
         say(_line("time", "not measured: the memory may not suffice"))
     else:
         rest = (batches for batches, _ in loader)
@@ -62,23 +63,30 @@ def describe(trainer: Trainer, out: Path) -> None:
 
 
 def require_memory(trainer: Trainer) -> None:
-    """Raises UserError where no batch is small enough: weights, gradients and moments exceed the memory there is."""
+    """Raises UserError where no batch is small enough: weights, gradients and moments exceed the memory there is.
+
+    Every process must ask.
+    """
     states, there = state_memory(trainer.system, trainer.loop.parallel, world()).states, _there(trainer)
-    if states > there:
-        raise UserError(
-            f"weights, gradients and moments take {in_bytes(states)} of memory and there are {in_bytes(there)} "
-            f"({trainer.device}); share them among processes (torchrun, --loop.parallel fsdp), or choose a smaller "
-            "model (--model)"
-        )
+
+    def refuse() -> None:
+        if states > there:
+            raise UserError(
+                f"weights, gradients and moments take {in_bytes(states)} of memory and there are {in_bytes(there)} "
+                f"({trainer.device.type}); share them among processes (torchrun, --loop.parallel fsdp), or choose a "
+                "smaller model (--model); what a batch takes comes on top (--loop.batch-tokens, --loop.accumulate)"
+            )
+
+    of_first(refuse)
 
 
 def _there(trainer: Trainer) -> int:
-    """Bytes that this process has for training: what its tensors hold already, and its part of what is free."""
+    """Bytes that the process which has least has for training: what its tensors hold, and its part of what is free."""
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     tensors = [*trainer.system.parameters(), *trainer.system.buffers(), *states]
     held = sum(_local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor))
     beside = 1 if trainer.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return available(trainer.device) // beside + held
+    return int(min(of_every_process(available(trainer.device) // beside + held)))
 
 
 def _local(tensor: Tensor) -> Tensor:

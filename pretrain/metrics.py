@@ -83,13 +83,12 @@ class Meter:
         if self._sums is None:
             raise ValueError("no step since the last line")
         seconds = time.perf_counter() - self._began - self._paused
-        memory = {f"memory {other}": memory_in_use(self._sums.device) * (other == rank()) for other in range(world())}
         names = ["loss", *self._names, *(f"count {name}" for name in self._names), "norm", "kept"]
-        own = {**dict(zip(names, self._sums.tolist(), strict=True)), **memory, "tokens": self._tokens,
-               "padded": self._padded, "waited": (waited - self._waited) / seconds / world()}
+        own = {**dict(zip(names, self._sums.tolist(), strict=True)), "tokens": self._tokens, "padded": self._padded,
+               "waited": (waited - self._waited) / seconds / world()}
         summed = sum_over_ranks({name: torch.tensor(value, dtype=torch.float64) for name, value in own.items()})
         values = self._values({name: value.item() for name, value in summed.items()}, seconds)
-        values["memory_gib"] = round(max(summed[name].item() for name in memory) / 2**30, 3)
+        values["memory_gib"] = round(max(of_every_process(memory_in_use(self._sums.device))) / 2**30, 3)
         self._reset(waited)
         return values
 
@@ -114,6 +113,13 @@ class Meter:
             return {}
         flops_per_second = tokens_per_second * self.work.flops / self.work.tokens
         return {"mfu": round(flops_per_second / (world() * self.peak.flops_per_second), 4)}
+
+
+def of_every_process(value: float) -> list[float]:
+    """The value that each process gives, by rank; every process must ask."""
+    own = {str(other): torch.tensor(value * (other == rank()), dtype=torch.float64) for other in range(world())}
+    summed = sum_over_ranks(own)
+    return [summed[str(other)].item() for other in range(world())]
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -90,12 +90,13 @@ def test_without_an_estimate_there_is_no_share_of_peak():
 def test_two_processes_say_what_one_would(monkeypatch):
     """Counts are global on both, totals are shares; the sum is taken in the second one's place."""
     monkeypatch.setattr(metrics, "world", lambda: 2)
-    monkeypatch.setattr(metrics, "memory_in_use", lambda device: 2**30 * (3 if metrics.rank() else 1))
-    sent = []
+    monkeypatch.setattr(metrics, "memory_in_use", lambda device: 2**30 * (1 if metrics.rank() else 3))
+    sent = {}
 
     def collect(values):
-        sent.append(values)
-        return {name: sum(each[name] for each in sent) for name in values}
+        before = sent.setdefault(tuple(values), [])
+        before.append(values)
+        return {name: sum(each[name] for each in before) for name in values}
 
     monkeypatch.setattr(metrics, "sum_over_ranks", collect)
     for rank, total in enumerate((6.0, 4.0)):
