@@ -39,9 +39,11 @@ NEAR = 64 * 1024
 """Spans so close are fetched as one: the bytes between them cost less than another request."""
 REQUESTS, BLOCK = 256, 64 * 2**20
 """Requests under way at once, and bytes that they bring."""
-FULL, EMPTIED, SEEN = 15 / 16, 7 / 8, 1 / 128
-"""Shares of the bound: a cache that holds FULL is brought to EMPTIED. A process looks after each SEEN that it wrote, so
-that eight of them together keep the bound."""
+FULL, EMPTIED = 15 / 16, 7 / 8
+"""Shares of a cache's bound: one that holds FULL is brought to EMPTIED."""
+SEEN, GROUP = 1 / 512, 1 / 256
+"""Shares that a process writes before it looks how full the cache is, and that it fetches at once: what some ten
+processes do between two looks stays below what FULL leaves free."""
 WHOLE = -1
 """End of a span that is a whole file of unknown size."""
 
@@ -146,7 +148,7 @@ class RemoteFolder:
 
     def _blocks(self, spans: Sequence[Span]) -> Iterator[list[Span]]:
         """The spans in groups that are fetched at once and held in memory."""
-        most = min(BLOCK, self.cache.bytes * SEEN)
+        most = min(BLOCK, self.cache.bytes * GROUP)
         block: list[Span] = []
         for span in spans:
             if len(block) == REQUESTS or block and sum(s.end - s.start for s in block) + span.end - span.start > most:

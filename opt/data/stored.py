@@ -114,7 +114,9 @@ class StoredShard:
         """The index of samples first..end-1, (end - first,) INDEX."""
         begin = self.receipt.index_bytes - self.receipt.samples * INDEX.itemsize
         rows = os.pread(self._index, (end - first) * INDEX.itemsize, begin + first * INDEX.itemsize)
-        return np.frombuffer(rows, INDEX, end - first)
+        if len(rows) != (end - first) * INDEX.itemsize:
+            raise UserError(f"{self.path.with_suffix('.npy')} was cut short while it was read; {AGAIN} to mend it")
+        return np.frombuffer(rows, INDEX)
 
     @cached_property
     def index(self) -> np.ndarray:

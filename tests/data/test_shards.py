@@ -285,3 +285,20 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):
         assert [reader.sample(n).key for n in range(len(reader))] == list(reader.keys())
     assert len(os.listdir("/proc/self/fd")) <= before + 6
+
+
+def test_no_index_is_mapped_or_held(tmp_path: Path) -> None:
+    stored = records()
+    reader = write(tmp_path, [stored[:4], stored[4:]])
+    assert len(reader.lengths) == len(reader.key_hash) == len(list(reader.keys()))
+    reader.sample(len(reader) - 1)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert not any("index" in vars(shard) for shard in reader._open.values())
+
+
+def test_an_index_cut_short_under_a_reader_is_a_sentence(tmp_path: Path) -> None:
+    reader = write(tmp_path, [records()])
+    reader.sample(0)
+    os.truncate(tmp_path / "00000.npy", 200)
+    with pytest.raises(UserError, match="00000.npy was cut short"):
+        reader.sample(len(reader) - 1)
