@@ -29,7 +29,7 @@ tags: [{system}, image-text-audio]
 ---
 # {system}
 
-A `{system}` model with {parameters:,} parameters, trained by `opt`{trained}.
+A model of system `{system}` with {parameters:,} parameters, made by `opt` {version}{trained}.
 
     from opt.checkpoint import from_pretrained
     system = from_pretrained("path/to/this/folder")
@@ -53,7 +53,8 @@ def save_pretrained(system: System, folder: Path, weights: dict[str, Tensor] | N
         system.tokenizer.save(folder)
     parameters = sum(parameter.numel() for parameter in system.parameters())
     extractors = json.dumps(system.facts.extractors)
-    card = CARD.format(system=system.name, parameters=parameters, extractors=extractors, trained=trained)
+    card = CARD.format(system=system.name, parameters=parameters, extractors=extractors, trained=trained,
+                       version=opt.__version__)
     write_atomic(folder / "README.md", card.encode())
     content = {
         "system": system.name,

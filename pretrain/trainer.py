@@ -224,7 +224,11 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.system, options=options)
         if rank() == 0:
-            save_pretrained(self.system, self.folder / name, weights)
+            best = f"; held-out loss {self.best.loss:.4f} at step {self.best.step:,}" if self.best.step else ""
+            save_pretrained(
+                self.system, self.folder / name, weights, f": {self.step:,} of {self.loop.steps:,} steps of at most "
+                f"{self.loop.batch_tokens:,} tokens on data {self.reader.fingerprint[:16]}{best}"
+            )
 
     def _end_as_asked(self, batch: Batch) -> NoReturn:
         """Save and leave, to be run again."""

@@ -116,7 +116,7 @@ def _check_split(multiple: int, world: int, micro_batches: int) -> None:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and job schedulers signal every process; the parent then asks workers for what it still needs."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
