@@ -38,6 +38,7 @@ from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.distributed import rank, world
+from opt.files import make_folder
 from opt.nn.compiled import compile_blocks
 from opt.objectives.term import Term, loss
 from opt.progress import Progress as Bar
@@ -107,6 +108,7 @@ class Trainer:
 
         Raises RunAgain (SIGTERM, SIGUSR1) or KeyboardInterrupt (Ctrl-C) after the step in flight is done and saved.
         """
+        make_folder(self.folder)
         metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step, tensorboard), Meter()
         loader = self.loader()
         with ExitStack() as stack:
