@@ -65,6 +65,8 @@ def test_parameters_memory_and_disk_are_those_of_the_model(
     bytes_of = dict(re.findall(r"^ +(\w+) +([\d.]+ \w+)$", text, flags=re.M))
     assert bytes_of["weights"] == bytes_of["gradients"] == f"{4 * parameters / 1e6:.1f} MB"
     state, keep = re.findall(r"states ([\d.]+) MB x (\d)", text)[0]
+    total = float(re.findall(r"disk +about ([\d.]+) MB", text)[0])
+    assert total == pytest.approx((4 * 12 + 4) * parameters / 1e6, abs=0.1)  # three, one being written, the model
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     written = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     assert keep == "3" and float(state) == pytest.approx(12 * parameters / 1e6, abs=0.1)

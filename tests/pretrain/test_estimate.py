@@ -96,9 +96,9 @@ def test_filler_costs_bytes_but_is_no_work():
     system = opt()
     samples, plan = rows(system)
     real, filled = (work(system, prepare(samples, plan), True, CPU)
-                    for prepare in (system.preparer(), Filled(system.preparer(), 512)))
-    assert filled.activation_bytes > real.activation_bytes and filled.tokens == real.tokens
-    assert filled.flops == pytest.approx(real.flops, rel=0.1)
+                    for prepare in (system.preparer(), Filled(system.preparer(), 4096)))
+    assert filled.activation_bytes > 1.1 * real.activation_bytes and filled.tokens == real.tokens
+    assert filled.flops == pytest.approx(real.flops, rel=0.05)  # a fifth is filler
 
 
 def saved_by_a_real_step(system, batch, bfloat16):
@@ -137,9 +137,9 @@ def tensors(value):
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_bytes_kept_for_backward_are_those_of_a_real_step(bfloat16):
     system = opt()
-    batch = batch_of(system)
-    found = work(system, batch, bfloat16, CPU)
-    assert found.activation_bytes == pytest.approx(saved_by_a_real_step(system, batch, bfloat16), rel=0.05)
+    batch = system.preparer()(*rows(system, 8))
+    found, saved = work(system, batch, bfloat16, CPU), saved_by_a_real_step(system, batch, bfloat16)
+    assert found.activation_bytes == pytest.approx(saved, rel=0.02 if bfloat16 else 0)  # some have a weight's shape
     linear = sum(module.weight.numel() for module in system.modules() if isinstance(module, nn.Linear))
     assert (found.cast_bytes >= 2 * linear) == bfloat16 and (found.cast_bytes == 0) == (not bfloat16)
 
