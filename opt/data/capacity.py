@@ -46,12 +46,12 @@ class Preparer(Protocol):
 class Filled:
     """The preparer `preparer`, its batches filled. Picklable.
 
-    micro_batch_tokens: about how many tokens a micro-batch of one process has; a 64th of it is the smallest capacity.
+    micro_batch_tokens: about how many tokens a micro-batch of one process has; a 32nd of it is the smallest capacity.
     """
 
     def __init__(self, preparer: Preparer, micro_batch_tokens: int) -> None:
         self.preparer, self.tasks, self.jpeg = preparer, preparer.tasks, preparer.jpeg
-        self.smallest = 1 << max(micro_batch_tokens // 64, 1).bit_length() - 1
+        self.smallest = 1 << max(micro_batch_tokens // 32, 1).bit_length() - 1
 
     def cost(self, lengths: Lengths) -> np.ndarray:
         """Tokens of each sample, without filler."""

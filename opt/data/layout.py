@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOLERANCE = 0.7
+TOLERANCE = 0.8
 """A pair joins a bucket when it is at least this share of the bucket's longest; below, the next bucket begins."""
 
 

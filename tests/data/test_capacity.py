@@ -108,7 +108,7 @@ def test_many_batches_have_few_sizes() -> None:
     assert len(fewest) > 20 and len(sizes) <= 6
 
 
-@pytest.mark.parametrize(("tokens", "capacity"), [(1, 256), (256, 256), (257, 512), (2047, 2048), (2049, 2304),
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 512), (512, 512), (513, 1024), (2047, 2048), (2049, 2560),
                                                   (9959, 10240), (16_384, 16_384), (16_385, 18_432)])
 def test_capacities_are_eighths_of_powers_of_two(tokens: int, capacity: int) -> None:
     """What is more than the budget gets a larger capacity; nothing is dropped."""
