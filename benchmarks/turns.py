@@ -1,0 +1,125 @@
+"""Sides that take turns: whatever else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from opt.data.batch import Batch
+from opt.objectives.term import loss
+from opt.systems.system import Progress, System
+
+CLIP = 1.0
+
+
+@dataclass
+class Side:
+    """One way of training. kernels: by name, steps that take a batch, of which the fastest is used.
+
+    weights: how much each batch counts.
+    """
+
+    change: str
+    kernels: dict[str, Callable[[Batch], Any]]
+    batches: list[Batch]
+    weights: list[float]
+    parameters: int
+    kernel: str = ""
+    threads: int = 1
+    wall: dict[int, list[float]] = field(default_factory=dict)
+    cpu: dict[int, list[float]] = field(default_factory=dict)
+
+    def take(self, number: int, device: torch.device) -> None:
+        """One timed step on a batch."""
+        if device.type == "cpu":
+            torch.set_num_threads(self.threads)
+        wall, cpu = timed(lambda: self.kernels[self.kernel](self.batches[number]), device)
+        self.wall.setdefault(number, []).append(wall)
+        self.cpu.setdefault(number, []).append(cpu)
+
+    def seconds(self, clock: Literal["wall", "cpu"] = "wall") -> float:
+        """Of a step; each batch's is the median of its repeats."""
+        times = self.wall if clock == "wall" else self.cpu
+        return self._mean([statistics.median(times[number]) for number in range(len(self.batches))])
+
+    def amount(self, of: Literal["tokens", "samples"]) -> float:
+        """Real tokens or samples of a step."""
+        return self._mean([batch.tokens if of == "tokens" else len(batch.keys) for batch in self.batches])
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True)) / sum(self.weights)
+
+    def figures(self) -> dict[str, Any]:
+        """What a JSON line says of a side."""
+        tokens, wall, cpu = self.amount("tokens"), self.seconds(), self.seconds("cpu")
+        return {
+            "change": self.change, "tokens_per_second": round(tokens / wall, 1),
+            "samples_per_second": round(self.amount("samples") / wall, 2),
+            "tokens_per_cpu_second": round(tokens / cpu, 1), "step_seconds": round(wall, 4),
+            "step_cpu_seconds": round(cpu, 4), "step_tokens": round(tokens), "kernel": self.kernel,
+            "threads": self.threads, "parameters": self.parameters,
+        }
+
+
+def over(side: Side, baseline: Side, of: Literal["tokens", "samples"] = "tokens",
+         clock: Literal["wall", "cpu"] = "wall") -> float:
+    """How many times as fast as the baseline a side is."""
+    ours, theirs = (each.amount(of) / each.seconds(clock) for each in (side, baseline))
+    return round(ours / theirs, 3)
+
+
+def take_turns(sides: Mapping[str, Side], repeats: int, threads: int, device: torch.device) -> None:
+    """Give each side its kernel and threads, then let all take each of their batches `repeats` times, in turns."""
+    for side in sides.values():
+        _choose(side, threads if device.type == "cpu" else 1, device)
+    for _ in range(repeats):
+        for number in range(max(len(side.batches) for side in sides.values())):
+            for side in sides.values():
+                side.take(number, device)
+
+
+def _choose(side: Side, most: int, device: torch.device) -> None:
+    """The fastest kernel with `most` threads, then 1 thread where that is faster still: two tries each, on a batch."""
+
+    def seconds(kernel: str, threads: int) -> float:
+        torch.set_num_threads(threads)
+        return min(timed(lambda: side.kernels[kernel](side.batches[0]), device)[0] for _ in range(2))
+
+    if len(side.kernels) == 1:
+        timed(lambda: next(iter(side.kernels.values()))(side.batches[0]), device)  # the first step warms up
+    side.kernel = min(side.kernels, key=lambda kernel: seconds(kernel, most))
+    side.threads = min({1, most}, key=lambda threads: seconds(side.kernel, threads))
+
+
+def plain_step(model: System, optimizer: torch.optim.Optimizer, bfloat16: bool, device: torch.device,
+               before: Callable[[], Any] = lambda: None) -> Callable[[Batch], None]:
+    """A training step as one writes it. `before` is called at its beginning."""
+
+    def step(batch: Batch) -> None:
+        before()
+        torch.manual_seed(0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            output = model(batch, Progress(0, 0.0))
+        loss(output.terms).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds of the clock and of the processor that a call takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
