@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from opt.config import UserError
+from opt.data.corpora import Corpora
 from opt.data.manifest import read_receipt, write_manifest
 from opt.data.record import Narration, Picture, Record, RecordError
 from opt.data.shards import INDEX, ShardReader, ShardWriter, key_hash
+from opt.data.subset import Subset
 
 
 def picture(rng: np.random.Generator, regions: int = 3, jpeg: bool = True) -> Picture:
@@ -270,6 +272,7 @@ def test_a_reader_travels_to_other_processes(tmp_path: Path) -> None:
     reader = write(tmp_path, [records()])
     reader.sample(3)
     copy = pickle.loads(pickle.dumps(reader))
+    assert reader._open and not copy._open  # open files stay where they are
     assert same(copy.sample(3), reader.sample(3))
     child = os.fork()
     if child == 0:
@@ -302,3 +305,12 @@ def test_an_index_cut_short_under_a_reader_is_a_sentence(tmp_path: Path) -> None
     os.truncate(tmp_path / "00000.npy", 200)
     with pytest.raises(UserError, match="00000.npy was cut short"):
         reader.sample(len(reader) - 1)
+
+
+def test_sizes_are_those_of_each_corpus(tmp_path: Path) -> None:
+    readers = [write(tmp_path / "a", [records()]), write(tmp_path / "b", [records()])]
+    many = len(readers[0])
+    assert readers[0].sizes == (many,)
+    assert Subset(readers[0], np.array([3, 3, 0])).sizes == (3,)
+    assert Subset(Corpora(readers), np.array([many, 0, many - 1, many + 2, many])).sizes == (2, 3)
+    assert Subset(Corpora(readers), np.array([many + 1])).sizes == (0, 1)
