@@ -121,7 +121,7 @@ class Trainer:
                 if self.finished:
                     break
                 if meter.work is None:
-                    meter.measure(work(self.system, batches[0], self.bfloat16, self.device), peak(self.device))
+                    self._measure(batches[0], meter)
                 batches, stop = counted_together(batches, self.stopped_by is not None)
                 if stop:
                     self._end_as_asked(batches[0])
@@ -179,6 +179,12 @@ class Trainer:
         """This process's micro-batches, from where the run is."""
         return Loader(self.reader, self.plan(), self.preparer, self.position, rank(), world(), self.loop.accumulate,
                       self.loop.workers, pin_memory=self.device.type == "cuda")
+
+    def _measure(self, batch: Batch, meter: Meter) -> None:
+        """What a micro-batch asks for, beside what the processor can do: for the share of peak in the metrics."""
+        began = time.perf_counter()
+        meter.measure(work(self.system, batch, self.bfloat16, self.device), peak(self.device, self.bfloat16))
+        meter.pause(time.perf_counter() - began)
 
     def _note(self, step: Step, batches: list[Batch], meter: Meter) -> None:
         for terms, share, batch in zip(step.terms, step.losses, batches, strict=True):
