@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from loader import synthetic
 from narratives import write_narratives
 from paper_step import vocabulary
 
@@ -82,8 +83,6 @@ def main() -> None:
 def point(axis: str, size: int, folder: Path) -> dict[str, float]:
     """One point, measured by a process of its own on data written here."""
     if axis == "samples":
-        from loader import synthetic
-
         data = folder / str(size)
         synthetic(data, size)
     elif not (data := folder / "narratives").exists():
@@ -181,12 +180,12 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         upper.loglog(sizes, [each["seconds"] for each in points], "o-")
         upper.set_title(f"slope {figures[axis]['time_slope']:.2f}", fontsize=9)
         lower.plot(sizes, [each["megabytes"] for each in points], "o-")
-        lower.set(xscale="log", xlabel=name, ylim=(0, None))
+        lower.set(xscale="log", xlabel=name)
         for panel in (upper, lower):
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("seconds a step, or a batch read")
-    panels[1, 0].set_ylabel("megabytes at the peak")
+    panels[1, 0].set(ylabel="megabytes at the peak", ylim=(0, None))
     canvas.savefig(path, metadata={"Date": None})
 
 

@@ -26,8 +26,9 @@ from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.dvae import DVAE, DVAEConfig, base, tiny
 from opt.systems.opt import OPT
 from opt.systems.opt import tiny as opt_tiny
-from opt.systems.system import Output, Progress
+from opt.systems.system import Progress
 from pretrain.run import PretrainConfig, pretrain
+from pretrain.trainer import Trainer
 
 MODEL = DVAEConfig(codebook=16, widths=(8, 8, 16))
 
@@ -63,7 +64,7 @@ def batch(shards: Path, system: DVAE) -> Batch:
 
 def config(shards: Path, out: Path, **changes: object) -> PretrainConfig:
     loop = LoopConfig(**{"steps": 12, "batch_tokens": 8 * 64, "workers": 0, "log_every": 2, "save_every": 4, **changes})
-    return PretrainConfig("dvae.tiny", shards, out, MODEL, loop=loop, optim=OptimConfig(3e-3))
+    return PretrainConfig("dvae.tiny", (str(shards),), out, MODEL, loop=loop, optim=OptimConfig(3e-3))
 
 
 def lines(run: Path) -> list[dict]:
@@ -158,18 +159,18 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
 def test_drawing_pictures_leaves_training_as_it_was(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Often saved and seldom saved end alike, even where drawing is random and modules behave otherwise in training."""
     pretrain(config(shards, tmp_path / "seldom", save_every=12))
-    modes, forward = [], DVAE.forward
+    modes, step = [], Trainer.train_step
 
     def restless(self: DVAE, batch: Batch) -> torch.Tensor:
         modes.append(self.training)
         return (256 * torch.rand(4, 4, 3)).to(torch.uint8)
 
-    def watched(self: DVAE, batch: Batch, progress: Progress) -> Output:
-        modes.append(self.training)
-        return forward(self, batch, progress)
+    def watched(self: Trainer, batches: list[Batch]) -> object:
+        modes.append(self.system.training)
+        return step(self, batches)
 
     monkeypatch.setattr(DVAE, "illustrate", restless)
-    monkeypatch.setattr(DVAE, "forward", watched)
+    monkeypatch.setattr(Trainer, "train_step", watched)
     pretrain(config(shards, tmp_path / "often", save_every=1))
     assert modes == [True, False] * 12
     seldom, often = (from_pretrained(tmp_path / run / "model").state_dict() for run in ("seldom", "often"))
@@ -198,7 +199,7 @@ def test_what_is_no_dvaes_folder_gives_no_codes(shards: Path, tmp_path: Path):
 def test_dry_run_needs_no_words(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pretrain(dataclasses.replace(config(shards, tmp_path / "run"), dry_run=True))
     said = capsys.readouterr().out
-    assert "dvae.tiny" in said and "parameters\n" in said and "64 tokens on average" in said
+    assert "dvae: 20,235 parameters\n" in said and "64 tokens on average" in said
 
 
 @pytest.mark.parametrize("changes", [{"temperature_end": 2.0}, {"temperature_end": 0.0}, {"anneal_share": 0.0},
