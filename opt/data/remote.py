@@ -84,18 +84,20 @@ class Cache:
             if taken <= self.bytes * EMPTIED:
                 break
             tar.with_suffix(".npy").unlink(missing_ok=True)
-            os.truncate(tar, 0)  # not deleted: processes that have it open would go on filling it, unseen
+            with suppress(FileNotFoundError):
+                os.truncate(tar, 0)  # not deleted: processes that have it open would go on filling it, unseen
             taken -= size
 
     def _shards(self) -> Iterator[tuple[int, int, Path]]:
         """When each shard was last used (ns), the bytes it takes on the disk, and its tar; empty ones left out."""
         for tar in self.folder.glob("*/*.tar"):
-            status = tar.stat()
-            size = 512 * status.st_blocks
+            used = size = 0
             with suppress(FileNotFoundError):
+                status = tar.stat()
+                used, size = status.st_mtime_ns, 512 * status.st_blocks
                 size += 512 * tar.with_suffix(".npy").stat().st_blocks
             if size:
-                yield status.st_mtime_ns, size, tar
+                yield used, size, tar
 
 
 class RemoteFolder:
@@ -116,7 +118,7 @@ class RemoteFolder:
             raise UserError(f"{url}: its index alone takes {in_bytes(indices)} of a cache of {cache.gigabytes:g} "
                             "gigabytes; give the cache at least ten times that")
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            pass  # a cache that cannot be written is said at once
 
     def keep_indices(self, receipts: Sequence[Receipt]) -> None:
         """Fetch the indices that the cache lacks, many at once. Raises UserError where one is not as it was written."""
@@ -224,6 +226,7 @@ class RemoteFolder:
     def _writing(self, need: int = 0) -> Iterator[None]:
         """Around what writes `need` bytes: room for them, and a sentence where the disk does not take them."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # again, where somebody deleted the cache
             self._unseen += need
             if self._unseen > self.cache.bytes * SEEN:
                 self.cache.make_room(self._unseen)

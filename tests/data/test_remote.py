@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import multiprocessing
 import os
 import pickle
-import re
-import threading
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 from stored_records import full_narration, full_picture, full_record, noise_jpeg, same, write_folder
+from web_folder import Fault, Web, busy, cut, flipped, serving, short
 
 from opt.config import UserError
 from opt.data import remote
@@ -49,81 +47,10 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
     return write_folder(tmp_path_factory.mktemp("shards"), shards)
 
 
-Fault = Callable[["_Handler", bytes], None]
-
-
-@dataclass
-class Web:
-    """A folder on the web. `asked` lists "NAME RANGE"; a request takes the next of `faults`, None for none."""
-
-    url: str
-    asked: list[str] = field(default_factory=list)
-    faults: deque[Fault | None] = field(default_factory=deque)
-    ranges: bool = True
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    folder: Path
-    web: Web
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        web, (folder, _, name) = self.server.web, self.path.rpartition("/")
-        web.asked.append(f"{name} {self.headers.get('Range', '')}".strip())
-        path = self.server.folder / name
-        if folder != "/data/shards" or not path.exists():
-            return self.answer(404, b"not here")
-        content, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        ranged = asked is not None and web.ranges
-        if asked is not None and web.ranges:
-            content = content[int(asked[1]) : int(asked[2]) + 1]
-        fault = web.faults.popleft() if web.faults else None
-        return fault(self, content) if fault else self.answer(206 if ranged else 200, content)
-
-    def answer(self, status: int, content: bytes, length: int | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-def busy(handler: _Handler, content: bytes) -> None:
-    handler.answer(503, b"busy")
-
-
-def cut(handler: _Handler, content: bytes) -> None:
-    """Breaks off half way through what it promised."""
-    handler.answer(206, content[: len(content) // 2], len(content))
-    handler.close_connection = True
-
-
-def short(handler: _Handler, content: bytes) -> None:
-    """Half of it, as if that were all."""
-    handler.answer(206, content[: len(content) // 2])
-
-
-def flipped(handler: _Handler, content: bytes) -> None:
-    """All of it, the last byte wrong."""
-    handler.answer(206, content[:-1] + bytes([content[-1] ^ 1]))
-
-
 @pytest.fixture
 def web(local: ShardReader) -> Iterator[Web]:
-    with _Server(("127.0.0.1", 0), _Handler) as server:
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        server.folder = local.folder
-        server.web = Web(f"http://127.0.0.1:{server.server_address[1]}/data/shards")
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server.web
-        server.shutdown()
+    with serving(local.folder) as web:
+        yield web
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +180,10 @@ def test_files_emptied_or_spoilt_under_a_reader_are_fetched_again(
             spoil(path)
         assert list(reader.keys()) == list(local.keys())
         assert agree(reader, local, range(len(local)))
+    shutil.rmtree(tmp_path)
+    assert agree(reader, local, [0, 30, 0, 47]) and list(reader.keys()) == list(local.keys())
+    again = ShardReader(web.url, Cache(tmp_path, 1))
+    assert np.array_equal(again.key_hash, local.key_hash)
     for path in folder.glob("*.npy"):
         path.write_bytes(b"x" * 100)
     again = ShardReader(web.url, Cache(tmp_path, 1))
