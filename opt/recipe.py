@@ -21,9 +21,10 @@ class LoopConfig:
     that a run may go on with another number of processes."""
     seed: int = 0
     precision: str = "auto"
-    """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32. Losses and weights are float32."""
+    """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32; losses and weights are float32.
+    """
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes (torchrun): ddp keeps the whole model in each; fsdp a share of weights, gradients and moments."""
+    """Several processes (torchrun): ddp keeps the whole model in each, fsdp a share of weights, gradients, moments."""
     compile: bool = True
     """On CUDA, compile the transformer blocks; a CPU runs them as they are."""
     workers: int = 1

@@ -126,14 +126,14 @@ def counted_together(batches: list[Batch], stopping: bool = False) -> tuple[list
 
 def whole(value: Tensor) -> Tensor:
     """A tensor as one process would hold it, whoever holds its parts. Every process must ask."""
-    return cast(DTensor, value).full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _shard(system: nn.Module, mesh: Any) -> None:
     """FSDP2: a group for each block, and one for what is around them."""
     groups = [module for module in system.modules() if isinstance(module, Block)] + [system]
     for group in groups:
-        sharded = cast(FSDPModule, fully_shard(group, mesh=mesh))
+        sharded = fully_shard(group, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,7 +35,7 @@ class States:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self._group = dist.new_group(backend="gloo") if world() > 1 else None
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world() > 1 else None
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = -1

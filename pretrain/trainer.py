@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ class Trainer:
     def _write_model(self, name: str) -> None:
         """The model for use, as it stands, in a subfolder of the run."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.system, options=options)
+        weights = cast(dict[str, Tensor], get_model_state_dict(self.system, options=options))
         if rank() == 0:
             best = f"; held-out loss {self.best.loss:.4f} at step {self.best.step:,}" if self.best.step else ""
             save_pretrained(

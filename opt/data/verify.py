@@ -141,7 +141,7 @@ def _record_problems(reader: ShardReader, receipt: Receipt, numbers: np.ndarray)
             record = check(reader.record(number, jpeg=True))
             yield from (f"{receipt.name}.tar: key {record.key!r}: {problem}" for problem in _unnamed(record, reader))
         except DamagedRecord as damaged:
-            yield f"{damaged.path.name}: key {damaged.key!r}: bytes are damaged (checksum differs)"
+            yield f"{Path(damaged.path).name}: key {damaged.key!r}: bytes are damaged (checksum differs)"
         except (ValueError, KeyError, TypeError) as error:  # RecordError, and what decoding nonsense can raise
             yield f"{receipt.name}.tar: sample {number}: {error}"
 
