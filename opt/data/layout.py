@@ -37,7 +37,7 @@ class AttentionLayout:
     """Borders of the sequences for one kernel, buckets for the other; `pairs` and `padded` for whoever counts work.
 
     query_borders, key_borders (S + 1,) int32: where each sequence begins among the N queries and the K keys; the end.
-    longest (longest query, longest key, 0): tokens of the longest sequences, or bounds on them, as the shape of an empty
+    longest (longest query, longest key, 0): tokens of the longest sequences, or bounds on them, as shape of an empty
     tensor: torch.compile takes shapes as they come where it would build numbers in.
     key_order (K,) int64: brings keys into the order of pairs, as several pairs may share theirs; None: they lie so.
     query (P,), key (Q,) int64: into the flat tokens, bucket by bucket; padding repeats a valid token of its own
