@@ -138,12 +138,12 @@ def all_sides(data: Data, trainer: Trainer) -> dict[str, Side]:
 
     def side(change: str, model: OPT, bfloat16: bool, fused: bool, batches: list[Batch]) -> Side:
         optimizer = adamw(model, mixed.optim) if fused else torch.optim.AdamW(model.parameters(), lr=rate)
-        weights = [shares[task] if (task := only_task(batch)) else 1.0 for batch in batches]
         kernels = {"": plain_step(model, optimizer, bfloat16, device)}
         if isinstance(model, Padded):
             kernels = {kernel: plain_step(model, optimizer, bfloat16, device, partial(model.use, kernel))
                        for kernel in ("sdpa", "eager")}
-        return Side(change, kernels, batches, weights, size(model))
+        weights = [shares[task] if (task := only_task(batch)) else 1.0 for batch in batches]
+        return Side(change, kernels, batches, amounts(batches), weights, size(model))
 
     order = everywhere.preparer()
     random, alike = ([regroup(batch, padded=True).to(device) for batch in data.of(order, flag)]
@@ -161,8 +161,13 @@ def all_sides(data: Data, trainer: Trainer) -> dict[str, Side]:
         "packed": side("our blocks on packed tokens", runs, True, True,
                        [regroup(batch, padded=False).to(device) for batch in rows]),
         "ours": Side("one encoder run, equal sequences once", {"": lambda batch: trainer.train_step([batch])}, ours,
-                     [1.0] * len(ours), size(trainer.system)),
+                     amounts(ours), [1.0] * len(ours), size(trainer.system)),
     }
+
+
+def amounts(batches: list[Batch]) -> dict[str, list[int]]:
+    """Real tokens and samples of each batch."""
+    return {"tokens": [batch.tokens for batch in batches], "samples": [len(batch.keys) for batch in batches]}
 
 
 def size(model: torch.nn.Module) -> int:

@@ -22,12 +22,13 @@ CLIP = 1.0
 class Side:
     """One way of training. kernels: by name, steps that take a batch, of which the fastest is used.
 
-    weights: how much each batch counts.
+    amounts: what each batch holds, "tokens" (real ones) and "samples"; weights: how much each batch counts.
     """
 
     change: str
-    kernels: dict[str, Callable[[Batch], Any]]
-    batches: list[Batch]
+    kernels: dict[str, Callable[[Any], Any]]
+    batches: list[Any]
+    amounts: dict[str, list[int]]
     weights: list[float]
     parameters: int
     kernel: str = ""
@@ -50,7 +51,7 @@ class Side:
 
     def amount(self, of: Literal["tokens", "samples"]) -> float:
         """Real tokens or samples of a step."""
-        return self._mean([batch.tokens if of == "tokens" else len(batch.keys) for batch in self.batches])
+        return self._mean(self.amounts[of])
 
     def _mean(self, values: Sequence[float]) -> float:
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True)) / sum(self.weights)
