@@ -32,7 +32,8 @@ class TextTable:
 
 @dataclass(frozen=True)
 class RegionTable:
-    """features (R, D) float32; boxes (R, 4) float32 x1 y1 x2 y2 in [0, 1]; masked (R,) bool, True = feature hidden."""
+    """features (R, D) float16, as stored; boxes (R, 4) float32 x1 y1 x2 y2 in [0, 1]; masked (R,) bool, True = feature
+    hidden."""
 
     features: Tensor
     boxes: Tensor
@@ -41,7 +42,7 @@ class RegionTable:
 
 @dataclass(frozen=True)
 class FrameTable:
-    """features (T, D) float32; positions (T,) int64 from 0; masked (T,) bool, True = feature hidden."""
+    """features (T, D) float16, as stored; positions (T,) int64 from 0; masked (T,) bool, True = feature hidden."""
 
     features: Tensor
     positions: Tensor

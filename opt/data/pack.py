@@ -83,13 +83,13 @@ class Packer:
         assert picture.regions is not None and picture.boxes is not None
         self._columns["regions.boxes"].append(picture.boxes)
         self._columns["regions.masked"].append(np.zeros(len(picture.regions), bool))
-        return Part(REGION, self._columns["regions.features"].append(picture.regions.astype(np.float32)))
+        return Part(REGION, self._columns["regions.features"].append(picture.regions))
 
     def frames(self, speech: np.ndarray) -> Part:
         """All frames of a recording (T, D), the first at position 0."""
         self._columns["frames.positions"].append(np.arange(len(speech)))
         self._columns["frames.masked"].append(np.zeros(len(speech), bool))
-        return Part(FRAME, self._columns["frames.features"].append(speech.astype(np.float32)))
+        return Part(FRAME, self._columns["frames.features"].append(speech))
 
     def replace_text(self, part: Part, where: np.ndarray, ids: np.ndarray) -> Part:
         """The part with other words at `where`; their positions stay."""
@@ -100,14 +100,14 @@ class Packer:
         """The part with the features at `where` hidden; `boxes` (R, 4) of the whole picture stay visible."""
         self._columns["regions.boxes"].append(boxes[where])
         self._columns["regions.masked"].append(np.ones(len(where), bool))
-        hidden = np.zeros((len(where), self.region_width), np.float32)
+        hidden = np.zeros((len(where), self.region_width), np.float16)
         return self._replaced(part, where, self._columns["regions.features"].append(hidden))
 
     def hide_frames(self, part: Part, where: np.ndarray) -> Part:
         """The part with the features at `where` hidden; their positions stay."""
         self._columns["frames.positions"].append(where)
         self._columns["frames.masked"].append(np.ones(len(where), bool))
-        hidden = np.zeros((len(where), self.speech_width), np.float32)
+        hidden = np.zeros((len(where), self.speech_width), np.float16)
         return self._replaced(part, where, self._columns["frames.features"].append(hidden))
 
     @staticmethod
@@ -138,12 +138,12 @@ class Packer:
             torch.from_numpy(column["text.positions"].join((0,), np.int64)),
         )
         regions = RegionTable(
-            torch.from_numpy(column["regions.features"].join((0, self.region_width), np.float32)),
+            torch.from_numpy(column["regions.features"].join((0, self.region_width), np.float16)),
             torch.from_numpy(column["regions.boxes"].join((0, 4), np.float32)),
             torch.from_numpy(column["regions.masked"].join((0,), bool)),
         )
         frames = FrameTable(
-            torch.from_numpy(column["frames.features"].join((0, self.speech_width), np.float32)),
+            torch.from_numpy(column["frames.features"].join((0, self.speech_width), np.float16)),
             torch.from_numpy(column["frames.positions"].join((0,), np.int64)),
             torch.from_numpy(column["frames.masked"].join((0,), bool)),
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opt.data.layout import AttentionLayout
 from opt.nn.block import BlockCache, Stack
+from opt.nn.dropout import Dropout
 
 
 class Decoder(nn.Module):
@@ -25,7 +26,7 @@ class Decoder(nn.Module):
                  dropout: float) -> None:
         super().__init__()
         self.position = nn.Embedding(positions, width)
-        self.embed_norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.embed_norm, self.dropout = nn.LayerNorm(width), Dropout(dropout)
         self.stack = Stack(layers, width, heads, inner, dropout, cross=True, causal=True)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 

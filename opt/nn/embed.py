@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opt.data.batch import FrameTable, RegionTable, TextTable
+from opt.nn.dropout import Dropout
 
 
 class TextEmbedder(nn.Module):
@@ -21,7 +22,7 @@ class TextEmbedder(nn.Module):
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(positions, width)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), Dropout(dropout)
 
     def forward(self, text: TextTable) -> Tensor:
         """(N, D)."""
@@ -38,11 +39,11 @@ class RegionEmbedder(nn.Module):
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
         self.box, self.box_norm = nn.Linear(7, width), nn.LayerNorm(width, epsilon)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), Dropout(dropout)
 
     def forward(self, regions: RegionTable) -> Tensor:
         """(R, D)."""
-        features_RF = torch.where(regions.masked[:, None], self.mask, regions.features)
+        features_RF = torch.where(regions.masked[:, None], self.mask, regions.features.float())
         hidden_RD = self.feature_norm(self.feature(features_RF)) + self.box_norm(self.box(geometry(regions.boxes)))
         return self.dropout(self.norm(hidden_RD + self.modality))
 
@@ -56,11 +57,11 @@ class FrameEmbedder(nn.Module):
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
         self.position = nn.Embedding(positions, width)
         self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width, epsilon), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon), Dropout(dropout)
 
     def forward(self, frames: FrameTable) -> Tensor:
         """(T, D)."""
-        features_TF = torch.where(frames.masked[:, None], self.mask, frames.features)
+        features_TF = torch.where(frames.masked[:, None], self.mask, frames.features.float())
         hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions) + self.modality
         return self.dropout(self.norm(hidden_TD))
 

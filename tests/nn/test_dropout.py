@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opt.nn.block import Dropout
+from opt.nn.dropout import Dropout
 
 SHAPE = (401, 255)
 

@@ -115,9 +115,9 @@ def test_five_way_labels_are_true_of_the_sequences_they_name() -> None:
             image = entries[(entries >= text) & (entries < text + regions)]
             audio = entries[entries >= text + regions]
             who = [words if len(ids) > 1 else None]
-            who.append(features[tuple(np.round(batch.regions.features[image[0] - text].numpy(), 3))]
+            who.append(features[tuple(np.round(batch.regions.features[image[0] - text].float().numpy(), 3))]
                        if len(image) else None)
-            who.append(speech[tuple(np.round(batch.frames.features[audio[0] - text - regions].numpy(), 3))]
+            who.append(speech[tuple(np.round(batch.frames.features[audio[0] - text - regions].float().numpy(), 3))]
                        if len(audio) else None)
             label = int(batch.targets["match"].label[number])
             present = [one for one in who if one is not None]
