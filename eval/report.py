@@ -41,8 +41,12 @@ def report(config: ReportConfig) -> None:
     write_atomic(config.run / "summary.json", (json.dumps(figures, indent=1) + "\n").encode())
     path = config.run / "report.html"
     write_atomic(path, page(run).encode())
-    print(results_table(list(run.results.values())))
-    print(f"\n{len(figures)} figures in {config.run / 'summary.json'}\nreport: {path}")
+    if run.results:
+        print(results_table(list(run.results.values())))
+    if run.training:
+        print(f"training: {len(run.training):,} lines of metrics, the last of step {run.training[-1]['step']:,}, loss "
+              f"{run.training[-1]['loss']}")
+    print(f"{len(figures)} figures in {config.run / 'summary.json'}\nreport: {path}")
 
 
 def read_run(folder: Path) -> Run:

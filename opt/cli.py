@@ -13,7 +13,9 @@ import inspect
 import io
 import os
 import select
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in VERBS:
         return _overview(argv)
     prog = f"opt {name}"
+    before = _end_well(prog)
     try:
         if "" in argv or any(word.startswith("--") and word.endswith("=") for word in argv):
             raise UserError("one of the words given is empty; a shell variable that is not set, most likely")
@@ -81,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             config = _parse(function, prog, argv[len(name.split()) :])
         except SystemExit as ended:  # the parser has shown the help text or said what is wrong with the options
+            if ended.code == os.EX_TEMPFAIL:
+                raise
             return 2 if ended.code else 0
         function(config)
         if sys.stdout is not None:  # nobody gave us one
@@ -88,11 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as ended:  # asked to stop before there was work to save, or another process of the job said why
+        return int(ended.code or 0)
     except RunAgain as stopped:
-        print(f"{prog}: {stopped}; run the same command again to go on", file=sys.stderr)
+        _say(f"{prog}: {stopped}; run the same command again to go on")
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; run the same command again to go on", file=sys.stderr)
+        _say(f"{prog}: interrupted; run the same command again to go on")
         return 130
     except BrokenPipeError:
         if not _reader_left():
@@ -106,7 +113,29 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; make room and run the same command again" if error.errno == errno.ENOSPC else ""
         print(f"{prog}: error: {place}{error.strerror}{hint}", file=sys.stderr)
         return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _end_well(prog: str) -> dict[int, Any]:
+    """Let a scheduler's signal end a verb with status 75 from its first moment on; verbs with work to save have
+    handlers of their own while they do it. Returns the handlers there were."""
+
+    def stop(number: int, frame: Any) -> None:
+        _say(f"{prog}: stopped as asked; run the same command again to go on")
+        raise SystemExit(os.EX_TEMPFAIL)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+
+def _say(text: str) -> None:
+    """What every process of a job would say alike is said by the first."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _overview(argv: list[str]) -> int:

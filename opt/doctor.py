@@ -44,7 +44,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig) -> None:
-    """List what works here: Python, torch, every backend of feature extraction, the embedded networks, the machine.
+    """List what works here: Python, torch, every backend of feature extraction, what pretraining can use, the machine.
 
     opt doctor
     """
@@ -68,6 +68,11 @@ def examine() -> list[Finding]:
         _tiny_networks(),
         _package("--runner ray", "ray", "ray", _extra("ray")),
         _package("tables in Parquet", "pyarrow", "pyarrow", _extra("parquet")),
+        _package("pretrain --tensorboard", "tensorboard", "tensorboard", _extra("tensorboard")),
+        _package("pretrain --shards https://", "aiohttp", "aiohttp", _extra("remote")),
+        _package("pretrain --shards s3://", "s3fs", "s3fs", _extra("remote")),
+        _package("pretrain --shards gs://", "gcsfs", "gcsfs", _extra("remote")),
+        _package("torchrun", "torch.distributed", "torch", CORE, _processes),
         _package("sound files", "soundfile", "soundfile", CORE, _soundfile),
         _package("espeak-ng voices", "espeakng_loader", "espeakng-loader", CORE, _espeak),
         _package("DALL-E (only to compare)", "dall_e", "DALL-E", _extra("dalle")),
@@ -129,6 +134,11 @@ def _torch(torch: Any) -> str:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     bfloat16 = "with" if any(key.endswith("bf16") and value for key, value in capabilities.items()) else "without"
     return f"no CUDA, {torch.backends.cpu.get_cpu_capability()} {bfloat16} fast bfloat16"
+
+
+def _processes(distributed: Any) -> str:
+    there = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    return ", ".join(f"{name} {'yes' if found else 'no'}" for name, found in there.items())
 
 
 def _torchvision(torchvision: Any) -> str:

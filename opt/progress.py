@@ -99,7 +99,8 @@ def in_bytes(size: float) -> str:
 
 def counted(count: int, what: str) -> str:
     """`1 shard`, `1,204 shards`."""
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+    plural = "es" if what.endswith(("ch", "s", "x")) else "s"
+    return f"{count:,} {what}{plural if count != 1 else ''}"
 
 
 def _clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ class LoopConfig:
     """How long and how to train."""
 
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     batch_tokens: int = 8192
     """Tokens of one step's batch, over all processes and micro-batches: as many samples as fit (gap A16)."""
     accumulate: int = 1
@@ -20,23 +21,27 @@ class LoopConfig:
     """Rows of a batch come in multiples of this, which processes x accumulate must divide. It fixes the data order, so
     that a run may go on with another number of processes."""
     seed: int = 0
-    precision: str = "auto"
+    """Of new weights, the order of samples, what is hidden, dropout."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16 where the processor multiplies it fast (auto), or bfloat16 or float32; losses and weights are float32.
     """
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes (torchrun): ddp keeps the whole model in each, fsdp a share of weights, gradients, moments."""
+    """Several processes (torchrun): ddp keeps the whole model in each, fsdp a share of weights, gradients, moments.
+    One process has nothing to share."""
     compile: bool = True
     """On CUDA, compile the transformer blocks; a CPU runs them as they are."""
     workers: int = 1
     """Processes that read and pack batches, for each training process."""
     log_every: int = 10
+    """Steps between lines of metrics."""
     save_every: int = 200
+    """Steps between states to go on from."""
     keep: int = 2
     """Checkpoints kept."""
     max_skipped: int = 10
     """A step whose loss or gradient is not finite moves nothing and is named; so many in a row end the run."""
     validate_every: int = 0
-    """Steps between validations on the held-out shards; 0: none."""
+    """Steps between validations on the held-out shards; 0: whenever a state is saved."""
     validate_batches: int = 16
     """Batches of a validation, always the same ones."""
     patience: int = 0

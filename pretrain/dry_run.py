@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor
 from opt.config import UserError
 from opt.data.batch import Batch
 from opt.data.corpora import Corpora
+from opt.data.plan import Plan
 from opt.distributed import sum_over_ranks, world
 from opt.progress import counted, in_bytes
 from pretrain.estimate import Memory, Work, available, memory, peak, state_memory, work
-from pretrain.metrics import of_every_process
+from pretrain.metrics import memory_in_use, of_every_process
 from pretrain.parallel import counted_together, of_first, say
 
 if TYPE_CHECKING:
@@ -109,14 +110,19 @@ def _system(trainer: Trainer) -> Iterator[str]:
     yield _line("runs on", f"{world()} x {place}{several}, matrix products in {kind}")
 
 
+def _shares(plan: Plan) -> list[float]:
+    """Of all rows, the part that comes from each corpus."""
+    return [float(share / sum(plan.shares)) for share in plan.shares]
+
+
 def _data(trainer: Trainer) -> Iterator[str]:
     """A line for each corpus."""
     plan, reader = trainer.plan(), trainer.reader
     places = [each.place for each in reader.readers] if isinstance(reader, Corpora) else [reader.place]
     ends = np.cumsum(plan.sizes)
-    for place, size, end, share in zip(places, plan.sizes, ends.tolist(), plan.shares, strict=True):
+    for place, size, end, share in zip(places, plan.sizes, ends.tolist(), _shares(plan), strict=True):
         costs = plan.costs[end - size : end].astype(np.int64)
-        drawn = f"; {float(share):.1%} of the rows" if len(places) > 1 else ""
+        drawn = f"; {share:.1%} of the rows" if len(places) > 1 else ""
         yield _line("data", f"{place}: {counted(size, 'sample')} of {costs.mean() if size else 0:,.0f} tokens on "
                     f"average, {costs.sum():,} in all{drawn}")
     if trainer.validation is not None:
@@ -135,6 +141,9 @@ def _batches(trainer: Trainer) -> Iterator[str]:
     yield _line("steps", f"{loop.steps:,}{begun}")
     yield _line("batch", f"{rows:.1f} rows of {tokens:,.0f} tokens on average (at most {loop.batch_tokens:,}): "
                 f"{world()} x {loop.accumulate} (processes x micro-batches)")
+    if tokens > loop.batch_tokens:
+        yield _line("", f"WARNING: --loop.multiple {loop.multiple} rows, the least of a batch, hold more than "
+                    "--loop.batch-tokens; raise it, or lower --loop.multiple")
     yield _line("epochs", f"{loop.steps * rows / plan.samples_per_epoch:.2f}, {loop.steps * tokens:,.0f} tokens of "
                 "samples")
 
@@ -177,7 +186,7 @@ def _measured(trainer: Trainer, batches: list[Batch], rest: Iterator[list[Batch]
             _finish(trainer.device)
             tokens, began = 0, time.perf_counter()
         tokens += sum(batch.tokens for batch in batches)
-        trainer.train_step(counted_together(batches)[0])
+        trainer.train_step(counted_together(batches))
         batches = next(rest)
     _finish(trainer.device)
     seconds = (time.perf_counter() - began) / MEASURED
@@ -200,6 +209,8 @@ def _expected(trainer: Trainer, first: Work, speed: _Speed) -> Iterator[str]:
     yield _line("speed", f"{speed.tokens / speed.seconds:,.0f} tokens/s, {speed.seconds:.3g} s a step, "
                 f"{flops / speed.seconds / world() / best.flops_per_second:.1%} of {in_flop(best.flops_per_second)}/s "
                 f"({best.source})")
+    libraries = "" if trainer.device.type == "cuda" else ", with Python and its libraries"
+    yield _line("held", f"{in_bytes(memory_in_use(trainer.device))} by this process in these steps{libraries}")
     yield _line("time", f"{timedelta(seconds=round(left * speed.seconds))} for {left:,} steps, by {MEASURED} steps "
                 "just tried; states and validation come on top")
 

@@ -27,7 +27,7 @@ from opt.systems.opt import OPT
 from opt.systems.opt.config import Tuning
 from opt.systems.system import DataFacts, System, build
 from pretrain.limits import check
-from pretrain.parallel import processes
+from pretrain.parallel import processes, say
 from pretrain.run import train
 
 NEW_HEADS = ("align.", "temperature.", "answer_head.")
@@ -81,8 +81,8 @@ def finetune(config: FinetuneConfig) -> None:
     start = from_pretrained(config.model)
     if not isinstance(start, OPT):
         raise UserError(f"{config.model} holds a model of system {start.name!r}; `opt finetune` tunes models of 'opt'")
-    reader = _reader(config, start.facts)
     with processes() as device:
+        reader = _reader(config, start.facts)
         system = tuned(start, _tuning(config, start, reader), config)
         model = read_json(config.model / "config.json")["sha256"]
         train(system, reader, config, device, f"model {model}")
@@ -103,17 +103,17 @@ def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
     if missing:
         heads = sorted({name.partition(".")[0] for name in missing})
         answers = f", over {len(tuning.answers):,} answers" if "answer_head" in heads else ""
-        print(f"new in this model: {', '.join(heads)}{answers}")
+        say(f"new in this model: {', '.join(heads)}{answers}")
     return system
 
 
 def _check(config: FinetuneConfig) -> None:
     """Raises UserError for settings that the task cannot use."""
     check(config)
-    check(config.loop)
+    check(config.loop, "loop")
     if config.loop.validate_every or config.loop.patience:
         raise UserError("fine-tuning validates nothing; leave out --loop.validate-every and --loop.patience")
-    check(config.optim)
+    check(config.optim, "optim")
     if config.task.startswith("vqa") and config.questions is None:
         raise UserError(f"{config.task} needs --questions: lines of questions and answers about the pictures")
     if not config.task.startswith("vqa") and config.questions is not None:
@@ -136,7 +136,7 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
                             "extract again with them")
         questions = Questions(whole, config.questions, answered=True)
         if questions.left_out:
-            print(questions.left_out)
+            say(questions.left_out)
         return questions
     sizes = whole.lengths
     has = {"text": sizes.words > 0, "image": sizes.regions > 0, "audio": sizes.frames > 0}
@@ -148,7 +148,7 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
     if not useful.any():
         raise UserError(f"{config.shards} holds no sample with {need}, which {config.task} needs")
     if not useful.all():
-        print(f"{(~useful).sum():,} of {len(whole):,} samples lack {need}: left out")
+        say(f"{(~useful).sum():,} of {len(whole):,} samples lack {need}: left out")
     return Subset(whole, np.flatnonzero(useful))
 
 
@@ -158,10 +158,10 @@ def _tuning(config: FinetuneConfig, start: OPT, reader: ShardReader) -> Tuning:
     if config.task == "vqa-classes":
         assert isinstance(reader, Questions)
         answers = frequent_answers(reader.questions, config.answers)
-        print(_coverage(reader.questions, answers))
+        say(_coverage(reader.questions, answers))
     if config.task == "vqa-words":
         assert isinstance(reader, Questions)
-        print(_spelling(reader.questions, start.tokenizer))
+        say(_spelling(reader.questions, start.tokenizer))
     return Tuning(config.task, config.given, config.margin, answers)
 
 

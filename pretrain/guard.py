@@ -48,8 +48,8 @@ class Guard:
             if self.in_a_row >= self.most:
                 raise UserError(
                     f"the loss or its gradient was not finite in {self.most} steps in a row, the last of them "
-                    f"{step}; {self.path} names their samples. What was learned before is kept; try a lower "
-                    "--optim.learning-rate, --loop.precision float32, or look at these samples"
+                    f"{step}; {self.path} names their samples. States saved before stay. Look at these samples, or try "
+                    "--loop.precision float32 or a lower --optim.learning-rate in another --out"
                 )
 
     def _name(self, step: int, keys: list[str]) -> None:

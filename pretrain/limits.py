@@ -16,8 +16,8 @@ SEED = {"seed"}
 SHARE = {"warmup", "beta1", "beta2"}
 
 
-def check(settings: Any) -> None:
-    """Raises UserError that names every field of a dataclass whose number breaks its rule."""
+def check(settings: Any, group: str = "") -> None:
+    """Raises UserError that names every field of a dataclass whose number breaks its rule, as the option it is."""
     complaints = []
     for field in fields(settings):
         value, name = getattr(settings, field.name), field.name
@@ -30,6 +30,6 @@ def check(settings: Any) -> None:
         )
         for named, rule, holds in rules:
             if name in named and not (math.isfinite(value) and holds(value)):
-                complaints.append(f"--{name.replace('_', '-')} {value} must be {rule}")
+                complaints.append(f"--{f'{group}.' * bool(group)}{name.replace('_', '-')} {value} must be {rule}")
     if complaints:
         raise UserError("; ".join(complaints))

@@ -112,7 +112,8 @@ class Meter:
         if self.work is None or self.peak is None or not self.work.tokens:
             return {}
         flops_per_second = tokens_per_second * self.work.flops / self.work.tokens
-        return {"mfu": round(flops_per_second / (world() * self.peak.flops_per_second), 4)}
+        return {"mfu": round(flops_per_second / (world() * self.peak.flops_per_second), 4),
+                "peak_flops": self.peak.flops_per_second}
 
 
 def of_every_process(value: float) -> list[float]:

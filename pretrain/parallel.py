@@ -32,8 +32,7 @@ from opt.nn.block import Block
 from opt.recipe import LoopConfig
 
 Result = TypeVar("Result")
-STOPPING = "processes that are asked to stop"
-PATIENCE = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 """How long processes wait for one that is slower: saving and starting take longest."""
 
 
@@ -57,7 +56,7 @@ def processes() -> Iterator[torch.device]:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield device
     finally:
@@ -113,15 +112,20 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def counted_together(batches: list[Batch], stopping: bool = False) -> tuple[list[Batch], bool]:
-    """The micro-batches of a step with counts over all of them and all processes, and whether any process is stopping.
+def how_many(**questions: bool) -> dict[str, int]:
+    """How many processes say yes to each question. Every process must ask."""
+    answers = sum_over_ranks({name: torch.tensor(float(yes)) for name, yes in questions.items()})
+    return {name: int(count) for name, count in answers.items()}
+
+
+def counted_together(batches: list[Batch]) -> list[Batch]:
+    """The micro-batches of a step with counts over all of them and all processes.
 
     On the CPU, before batches move to their device: nothing waits for a GPU.
     """
     counts = {name: torch.stack([batch.counts[name] for batch in batches]).sum() for name in batches[0].counts}
-    summed = sum_over_ranks({**counts, STOPPING: torch.tensor(float(stopping))})
-    stop = bool(summed.pop(STOPPING) > 0)
-    return [dataclasses.replace(batch, counts=summed) for batch in batches], stop
+    summed = sum_over_ranks(counts)
+    return [dataclasses.replace(batch, counts=summed) for batch in batches]
 
 
 def whole(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from opt.data.tokenizer import Tokenizer
 from opt.distributed import rank
 from opt.files import write_atomic
 from opt.lock import alone
+from opt.progress import in_bytes
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import DataFacts, System, build, load, names, system_type
 from pretrain.dry_run import describe, require_memory
@@ -40,12 +42,12 @@ from pretrain.trainer import Trainer
 ModelConfig = TypeVar("ModelConfig")
 
 FREE = {
-    "shards", "validation", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
+    "shards", "validation", "start", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
     "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.max_skipped", "loop.parallel",
     "loop.compile",
 }
-"""Settings that may change between the starts of one run: they do not change what is learned. (Whether shards and
-held-out shards hold the same data is told by their fingerprints.)"""
+"""Settings that may change between the starts of one run: they do not change what is learned. (Whether places hold the
+same data, or weights to start with, is told by fingerprints.)"""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class PretrainConfig(Generic[ModelConfig]):
     """How often samples come from each of several --shards, on any scale; left out, every sample comes equally often.
     """
     validation: str | None = None
-    """Held-out shards, folder or URL: their loss is measured every --loop.validate-every steps, and the model that did
-    best is kept in the run's folder as best/."""
+    """Held-out shards, folder or URL: their loss is measured every --loop.validate-every steps, or whenever a state is
+    saved, and the model that did best is kept in the run's folder as best/."""
     cache: Path = Path("~/.cache/opt/shards")
     """What is read from URLs is kept here, shared by all runs."""
     cache_gigabytes: float = 50.0
@@ -115,13 +117,14 @@ def pretrain(config: PretrainConfig) -> None:
     Eight GPUs: torchrun --nproc-per-node 8 -m opt pretrain opt.paper --shards runs/shards/train --out runs/paper
     """
     check(config)
-    check(config.loop)
-    check(config.optim)
+    check(config.loop, "loop")
+    check(config.optim, "optim")
     if config.vocabulary is not None and not system_type(config.system.partition(".")[0]).reads_text:
         raise UserError(f"{config.system} reads no words; leave out --vocabulary")
     cache = Cache(config.cache.expanduser(), config.cache_gigabytes)
     with processes() as device:
         reader = open_shards(config.shards, cache)
+        _say_what_the_cache_holds(config, reader)
         held_out = _held_out(config, reader, cache)
         start = find_start(config.start, config.vocabulary, config.out) if config.start else None
         system = _system(config, reader, start)
@@ -156,27 +159,32 @@ def train(
     data: what else than the shards fixes what is learned from. Raises UserError where other settings, data or weights
     to start with made the run.
     """
+    begin = partial(Trainer, system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
     if config.dry_run:
-        trainer = Trainer(system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
-        describe(trainer, config.out)
+        describe(begin(), config.out)
         return
     with _run_folder(config.out):
-        told = _data(reader, held_out, data)
-        of_first(lambda: _same_run(config, told, start))
+        data = _fingerprint(reader, held_out, data)
+        of_first(lambda: _same_run(config, data, start))
         if rank() == 0 and system.reads_text:
             system.tokenizer.save(config.out)
-        trainer = Trainer(system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
+        trainer = begin()
         model = config.out / "model"
         if trainer.finished and (model / "config.json").exists():
-            say(f"{config.out} is finished: {trainer.step} steps; its model is {model}")
+            say(f"{config.out} is finished: {_outcome(trainer)}")
             return
         require_memory(trainer)
         trainer.run(Profile(config.out / "profile", config.profile) if config.profile else None,
                     TensorBoard(config.out / "tensorboard", trainer.step) if config.tensorboard else None)
-    ended_early = trainer.step < config.loop.steps
-    early = f", ended early: no better loss since step {trainer.best.step:,}" if ended_early else ""
-    best = f", the best one {config.out / 'best'}" if trainer.best.step else ""
-    say(f"trained {trainer.step} steps{early}; the model is {model}{best}")
+    say(f"trained {_outcome(trainer)}")
+
+
+def _outcome(trainer: Trainer) -> str:
+    """What has come of a run that is finished, in words."""
+    early = f", ended early: no better loss since step {trainer.best.step:,}"
+    best = f", the best one {trainer.folder / 'best'}"
+    return (f"{trainer.step} steps{early if trainer.step < trainer.loop.steps else ''}; the model is "
+            f"{trainer.folder / 'model'}{best if trainer.best.step else ''}")
 
 
 @contextmanager
@@ -193,14 +201,19 @@ def _run_folder(out: Path) -> Iterator[None]:
             lock.__exit__(None, None, None)
 
 
+def _say_what_the_cache_holds(config: PretrainConfig, reader: ShardReader) -> None:
+    size = sum(shard.bytes for shard in reader.manifest.shards)
+    if any("://" in place for place in config.shards) and size > config.cache_gigabytes * 1e9:
+        say(f"the shards are {in_bytes(size)} and --cache-gigabytes {config.cache_gigabytes:g} holds a part: the rest "
+            "is fetched again in every epoch")
+
+
 def _held_out(config: PretrainConfig, reader: ShardReader, cache: Cache) -> ShardReader | None:
     """The shards to validate on. Raises UserError where they hold other features than those trained on."""
     if config.validation is None:
         if config.loop.validate_every or config.loop.patience:
             raise UserError("--loop.validate-every and --loop.patience need --validation: held-out shards")
         return None
-    if not config.loop.validate_every:
-        raise UserError(f"--validation {config.validation}: say how often with --loop.validate-every STEPS")
     held_out = open_shards([config.validation], cache)
     facts(reader.manifest).require_same(held_out.manifest, Path(config.validation))
     if shared := int(np.isin(held_out.key_hash, reader.key_hash).sum()):
@@ -241,25 +254,33 @@ def facts(manifest: Manifest) -> DataFacts:
     )
 
 
-def _data(reader: ShardReader, held_out: ShardReader | None, more: str) -> str:
+def _fingerprint(reader: ShardReader, held_out: ShardReader | None, more: str) -> str:
     """Names everything that the run learns from and is validated on."""
     return ", ".join([reader.fingerprint, *([more] if more else []),
                       *([f"held out {held_out.fingerprint}"] if held_out else [])])
 
 
 def _same_run(config: RunConfig, fingerprint: str, start: Start | None) -> None:
-    """Refuse to go on with a run under other settings or other data. Raises UserError naming the first difference."""
+    """Refuse to go on with a run under other settings or other data; one that has saved nothing yet begins anew.
+
+    Raises UserError naming the first difference.
+    """
     path = config.out / "config.json"
     wanted = {**configuration.to_dict(config), "data": fingerprint, "start_sha256": start.sha256 if start else None}
-    if path.exists():
+    if wanted.get("proportions"):  # they are on any scale
+        wanted["proportions"] = [round(share / sum(wanted["proportions"]), 9) for share in wanted["proportions"]]
+    if path.exists() and newest_state(config.out / "checkpoints") is not None:
         try:
             saved = _flat(json.loads(path.read_text()))
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); give another --out") from error
         for key, value in _flat(wanted).items():
             if key not in FREE and saved.get(key) != value:
-                raise UserError(f"{config.out} holds a run with {key} = {saved.get(key)!r}, not {value!r}; "
-                                "give another --out, or the same settings to go on")
+                raise UserError(
+                    f"{config.out} holds a run with {key} = {saved.get(key)!r}, not {value!r}; give the same settings "
+                    f"to go on, or another --out (with --start model:{config.out / 'model'} it begins with what was "
+                    "learned here)"
+                )
     write_atomic(path, json.dumps(wanted, indent=2).encode())
 
 

@@ -19,7 +19,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(f"--tensorboard needs a package that is missing ({error}); "
-                            'pip install "opt-omni[tensorboard]", or leave it out') from error
+                            'pip install -c constraints.txt -e ".[tensorboard]", or leave it out') from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1) if rank() == 0 else None
 
     def append(self, values: Mapping[str, Any]) -> None:

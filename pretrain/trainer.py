@@ -11,13 +11,12 @@ device: counts are summed over processes on the CPU, and a step that must be ski
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from opt.checkpoint import save_pretrained
-from opt.config import RunAgain, UserError
+from opt.config import RunAgain
 from opt.data.batch import Batch
 from opt.data.capacity import Filled
 from opt.data.loader import Loader
@@ -49,7 +48,7 @@ from pretrain.estimate import peak, work
 from pretrain.guard import Guard
 from pretrain.metrics import Meter, MetricsFile
 from pretrain.optim import adamw, learning_rate
-from pretrain.parallel import Parallel, counted_together, of_first, whole
+from pretrain.parallel import Parallel, counted_together, how_many, of_first, say, whole
 from pretrain.pictures import save_picture
 from pretrain.profile import Profile
 from pretrain.state import States, load_state, newest_state
@@ -106,7 +105,8 @@ class Trainer:
     def run(self, profile: Profile | None = None, tensorboard: Any = None) -> None:
         """Train to the end and write the model.
 
-        Raises RunAgain (SIGTERM, SIGUSR1) or KeyboardInterrupt (Ctrl-C) after the step in flight is done and saved.
+        Raises RunAgain (SIGTERM, SIGUSR1), KeyboardInterrupt (Ctrl-C), or what the loader raises, after the step in
+        flight is done and saved.
         """
         make_folder(self.folder)
         metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step, tensorboard), Meter()
@@ -117,14 +117,12 @@ class Trainer:
                 stack.enter_context(bar)
             profiler = stack.enter_context(profile) if profile is not None else None
             stack.enter_context(self._stop_signals())
-            for batches, position in loader:
-                if self.finished:
-                    break
+            steps = iter(loader)
+            while not self.finished:
+                batches, position = self._next(steps)
                 if meter.work is None:
                     self._measure(batches[0], meter)
-                batches, stop = counted_together(batches, self.stopped_by is not None)
-                if stop:
-                    self._end_as_asked(batches[0])
+                batches = counted_together(batches)
                 self._note(self.train_step(batches), batches, meter)
                 self.step, self.position = self.step + 1, position
                 self._log_and_save(batches[0], meter, metrics, loader.waited, bar)
@@ -180,6 +178,26 @@ class Trainer:
         return Loader(self.reader, self.plan(), self.preparer, self.position, rank(), world(), self.loop.accumulate,
                       self.loop.workers, pin_memory=self.device.type == "cuda")
 
+    def _next(self, steps: Iterator[tuple[list[Batch], int]]) -> tuple[list[Batch], int]:
+        """The next step's micro-batches; where a process is told to stop or cannot read, all save what was learned."""
+        batches, position, failure = [], 0, None
+        try:
+            batches, position = next(steps)
+        except Exception as error:
+            failure = error
+        told = how_many(failed=failure is not None, stopping=self.stopped_by is not None)
+        if any(told.values()):
+            self.states.save(self.step, self._state)
+            self.states.join()
+            say(f"step {self.step:,} of {self.loop.steps:,} is saved")
+        if told["failed"]:
+            raise failure or SystemExit(2)  # the process that cannot read says why
+        if self.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        if told["stopping"]:
+            raise RunAgain(f"stopped as asked after step {self.step:,} of {self.loop.steps:,}, which is saved")
+        return batches, position
+
     def _measure(self, batch: Batch, meter: Meter) -> None:
         """What a micro-batch asks for, beside what the processor can do: for the share of peak in the metrics."""
         began = time.perf_counter()
@@ -198,7 +216,7 @@ class Trainer:
         """What is due after a step: a line of metrics, a validation, a state."""
         last, note = self.step >= self.loop.steps, None
         log, validate, save = (last or self.step % every == 0 for every in (
-            self.loop.log_every, self.loop.validate_every or sys.maxsize, self.loop.save_every))
+            self.loop.log_every, self.loop.validate_every or self.loop.save_every, self.loop.save_every))
         if log or validate or save:
             self.guard.review()
         if log:
@@ -237,14 +255,6 @@ class Trainer:
                 self.system, self.folder / name, weights, f": {self.step:,} of {self.loop.steps:,} steps of at most "
                 f"{self.loop.batch_tokens:,} tokens on data {self.reader.fingerprint[:16]}{best}"
             )
-
-    def _end_as_asked(self, batch: Batch) -> NoReturn:
-        """Save and leave, to be run again."""
-        self._save(batch)
-        self.states.join()
-        if self.stopped_by == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise RunAgain(f"stopped as asked after step {self.step:,} of {self.loop.steps:,}, which is saved")
 
     def _state(self) -> dict[str, Any]:
         """All that the next step depends on; names are the same in one process and in many."""
@@ -286,9 +296,7 @@ class Trainer:
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16. Raises UserError for an unknown precision."""
-    if precision not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"unknown precision {precision!r}; choose auto, bfloat16 or float32")
+    """Whether matrix products run in bfloat16: where the processor multiplies it fast, unless told."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -61,7 +61,7 @@ class Validation:
         weights: dict[str, float] = {}
         module.eval()
         for batches, _ in islice(self._loader(), self.loop.validate_batches):
-            (batch,), _ = counted_together(batches)
+            (batch,) = counted_together(batches)
             torch.manual_seed(SEED + rank())
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 terms = module(batch.to(device), progress).terms

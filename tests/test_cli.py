@@ -1,6 +1,7 @@
 """The command line: verbs found, options parsed, mistakes answered in one line."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -183,6 +184,16 @@ def test_an_empty_word_is_most_likely_an_unset_variable(argv, capsys):
 
 def test_interruption_says_how_to_go_on(capsys):
     assert cli.main(["interrupted", "--shards", "x"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_before_the_work_begins_says_run_me_again(number, tmp_path, monkeypatch, capsys):
+    (tmp_path / "told.py").write_text(f"import os; os.kill(os.getpid(), {int(number)})")  # while it is imported
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.VERBS, "slow", cli.Verb("told:slow", "is told to stop"))
+    before = signal.getsignal(number)
+    assert cli.main(["slow"]) == 75 and signal.getsignal(number) == before
     assert "run the same command again" in capsys.readouterr().err
 
 

@@ -41,7 +41,7 @@ def test_links_lead_somewhere() -> None:
 def test_every_metric_is_explained() -> None:
     written = {"step", "learning_rate", "validation", "memory_gib"}
     written |= set(re.findall(r'^            "(\w+)": ', (ROOT / "pretrain/metrics.py").read_text(), flags=re.M))
-    written |= {"mfu"}
+    written |= {"mfu", "peak_flops"}
     rows = re.findall(r"^\| (`.*?) \|", PAGE.partition("## Reading the metrics")[2], flags=re.M)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == written
 

@@ -168,7 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         if re.match(r"\w{2,}:/", str(folder)):  # what a path makes of s3://bucket/name
-            raise UserError(f"{folder} is the address of a remote folder; only training reads those, copy it to a disk")
+            raise UserError(f"{folder} is the address of a remote folder; only `opt pretrain` reads those, copy it "
+                            "to a disk")
         raise UserError(f"{folder} is not a folder; expected shards, as `opt extract` writes them")
     if not path.exists():
         done = len(list(folder.glob("[0-9]*.json")))

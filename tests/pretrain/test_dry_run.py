@@ -43,13 +43,23 @@ def test_everything_is_said_and_nothing_written(
     monkeypatch.setattr(Trainer, "train_step", counted)
     text = said(shards, tmp_path / "run", capsys, accumulate=2, steps=24)
     labels = [line.split()[0] for line in text.splitlines() if line[0] != " "]
-    assert labels == ["system", "runs", "data", "steps", "batch", "epochs", "memory", "disk", "work", "speed", "time",
-                      "writes"]
+    assert labels == ["system", "runs", "data", "steps", "batch", "epochs", "memory", "disk", "work", "speed", "held",
+                      "time", "writes"]
     assert taken == [2] * 4 and "by 3 steps just tried" in text and not (tmp_path / "run").exists()
     assert f"{shards}: 64 samples" in text
     rows, tokens = map(float, re.findall(r"batch +([\d.]+) rows of ([\d,]+) tokens", text.replace(",", ""))[0])
     epochs = float(re.findall(r"epochs +([\d.]+)", text)[0])
     assert epochs == pytest.approx(24 * rows / 64, abs=0.03) and 250 < tokens <= 500 and "1 x 2 (processes" in text
+
+
+@pytest.mark.parametrize(("proportions", "shares"), [((), ("80.0%", "20.0%")), ((1.0, 3.0), ("25.0%", "75.0%"))])
+def test_shares_of_corpora_are_of_all_rows(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], proportions: tuple, shares: tuple
+) -> None:
+    fake_shards(tmp_path / "more", [fake_sample(number) for number in range(100, 116)])
+    settings = dataclasses.replace(config(shards, tmp_path / "run"), shards=(str(shards), str(tmp_path / "more")))
+    pretrain(dataclasses.replace(settings, proportions=proportions, dry_run=True))
+    assert tuple(re.findall(r"; ([\d.]+%) of the rows", capsys.readouterr().out)) == shares
 
 
 def test_parameters_memory_and_disk_are_those_of_the_model(

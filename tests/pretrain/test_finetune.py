@@ -125,7 +125,7 @@ def test_other_settings_data_or_model_are_refused(folder: Path, tmp_path: Path) 
     ({"margin": 1.0}, "--margin 1.0"),
     ({"given": ()}, "--given"),
     ({"given": ("image", "image")}, "--given"),
-    ({"loop": LoopConfig(steps=0)}, "--steps 0"),
+    ({"loop": LoopConfig(steps=0)}, "--loop.steps 0"),
     ({"model": Path("nowhere")}, "holds no model"),
 ])
 def test_impossible_settings_are_sentences(folder: Path, tmp_path: Path, changes: dict, said: str) -> None:
@@ -182,7 +182,7 @@ def test_dry_run_writes_nothing_and_the_help_texts_example_runs(
               "runs/demo/scenes/train_questions.jsonl": folder / "questions", "runs/vqa": tmp_path / "vqa"}
     words = [str(places.get(word, word)) for word in words]
     assert cli.main(["finetune", *words, "--dry-run"]) == 0
-    assert "would write to" in capsys.readouterr().out and not (tmp_path / "vqa").exists()
+    assert "writes to" in capsys.readouterr().out and not (tmp_path / "vqa").exists()
     words[words.index("--loop.steps") + 1] = "2"
     assert cli.main(["finetune", *words]) == 0
     example = shlex.split((vqa.__doc__ or "").partition("opt eval vqa ")[2])

@@ -116,9 +116,9 @@ def test_the_learning_rate_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(("changes", "rule"), [
-    ({"steps": 0}, "--steps 0 must be at least 1"), ({"log_every": 0, "keep": 0}, "--log-every 0.*--keep 0"),
-    ({"batch_tokens": -1}, "--batch-tokens -1"), ({"precision": "int3"}, "precision"),
-    ({"seed": 2**63}, "--seed 9223372036854775808 must be"),
+    ({"steps": 0}, "--loop.steps 0 must be"), ({"log_every": 0, "keep": 0}, "--loop.log-every 0.*--loop.keep 0"),
+    ({"batch_tokens": -1}, "--loop.batch-tokens -1"), ({"accumulate": 0}, "--loop.accumulate 0"),
+    ({"seed": 2**63}, "--loop.seed 9223372036854775808 must be"),
 ])
 def test_impossible_numbers_are_refused(shards: Path, tmp_path: Path, changes: dict, rule: str) -> None:
     with pytest.raises(UserError, match=rule):
@@ -167,9 +167,38 @@ def test_options_may_stand_before_the_preset() -> None:
 
 
 def test_a_damaged_configuration_is_a_sentence(shards: Path, tmp_path: Path) -> None:
+    pretrain(config(shards, tmp_path, steps=1))
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(UserError, match="damaged"):
+        pretrain(config(shards, tmp_path, steps=1))
+
+
+def test_a_run_that_has_saved_nothing_begins_anew(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(Trainer, "train_step", lambda *_: (_ for _ in ()).throw(MemoryError))
         pretrain(config(shards, tmp_path))
+    pretrain(config(shards, tmp_path, batch_tokens=300, steps=2))
+
+
+def test_a_reader_that_fails_costs_no_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain(config(shards, tmp_path / "whole"))
+    sample, read = ShardReader.sample, itertools.count()
+
+    def vanish(self: ShardReader, number: int, jpeg: bool = False) -> object:
+        if next(read) > 60:
+            raise UserError("the server is gone")
+        return sample(self, number, jpeg)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="the server is gone"):
+        patched.setattr(ShardReader, "sample", vanish)
+        pretrain(config(shards, tmp_path / "run", save_every=100))
+    newest = newest_state(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name != "step-00000000"
+    pretrain(config(shards, tmp_path / "run", save_every=100))
+    whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(whole[name], run[name]) for name in whole)
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
@@ -295,8 +324,8 @@ def test_patience_survives_a_stop(
 def test_validation_needs_held_out_shards(shards: Path, tmp_path: Path, held_out: Path) -> None:
     with pytest.raises(UserError, match="need --validation"):
         pretrain(config(shards, tmp_path, validate_every=3))
-    with pytest.raises(UserError, match="--loop.validate-every"):
-        pretrain(dataclasses.replace(config(shards, tmp_path), validation=str(held_out)))
+    pretrain(dataclasses.replace(config(shards, tmp_path, validate_batches=1), validation=str(held_out)))
+    assert list(validations(tmp_path)) == [4, 8, 12], "whenever a state is saved"
 
 
 def test_a_run_starts_warm_from_another_model(
