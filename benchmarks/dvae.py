@@ -75,7 +75,7 @@ def _config(options: argparse.Namespace) -> PretrainConfig[Any]:
     preset = load(options.preset)
     loop = LoopConfig(steps=options.steps, batch_tokens=preset.loop.batch_tokens, workers=1, log_every=50,
                       save_every=max(1, options.steps // POINTS), keep=POINTS + 1)
-    return PretrainConfig(options.preset, options.shards, options.out, preset.model, loop=loop, optim=preset.optim)
+    return PretrainConfig(options.preset, (str(options.shards),), options.out, preset.model, loop=loop, optim=preset.optim)
 
 
 def _pictures(reader: ShardReader) -> Tensor:

@@ -27,6 +27,8 @@ from opt.data.corpora import Corpora
 from opt.data.plan import Plan
 from opt.distributed import sum_over_ranks, world
 from opt.progress import counted, in_bytes
+from opt.recipe import LoopConfig
+from opt.systems.system import System
 from pretrain.estimate import Memory, Work, available, memory, peak, state_memory, work
 from pretrain.metrics import memory_in_use, of_every_process
 from pretrain.parallel import counted_together, of_first, say
@@ -53,7 +55,6 @@ def describe(trainer: Trainer, out: Path) -> None:
     needed, there = memory(trainer.system, first, trainer.loop.parallel, world()), _there(trainer)
     for line in [*_memory(needed, there), *_disk(trainer, out)]:
         say(line)
-    require_memory(trainer)
     if max(of_every_process(needed.total)) > there:
         say(_line("time", "not measured: the memory may not suffice"))
     else:
@@ -63,18 +64,19 @@ def describe(trainer: Trainer, out: Path) -> None:
     say(_line("writes to", str(out)))
 
 
-def require_memory(trainer: Trainer) -> None:
+def require_memory(system: System, loop: LoopConfig, device: torch.device) -> None:
     """Raises UserError where no batch is small enough: weights, gradients and moments exceed the memory there is.
 
-    Every process must ask.
+    Asked before the weights are made, of a system on the meta device. Every process must ask.
     """
-    states, there = state_memory(trainer.system, trainer.loop.parallel, world()).states, _there(trainer)
+    states = state_memory(system, loop.parallel, world()).states
+    there = int(min(of_every_process(_part(device))))
 
     def refuse() -> None:
         if states > there:
             raise UserError(
                 f"weights, gradients and moments take {in_bytes(states)} of memory and there are {in_bytes(there)} "
-                f"({trainer.device.type}); share them among processes (torchrun, --loop.parallel fsdp), or choose a "
+                f"({device.type}); share them among processes (torchrun, --loop.parallel fsdp), or choose a "
                 "smaller model (--model); what a batch takes comes on top (--loop.batch-tokens, --loop.accumulate)"
             )
 
@@ -86,8 +88,13 @@ def _there(trainer: Trainer) -> int:
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     tensors = [*trainer.system.parameters(), *trainer.system.buffers(), *states]
     held = sum(_local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    beside = 1 if trainer.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(min(of_every_process(available(trainer.device) // beside + held)))
+    return int(min(of_every_process(_part(trainer.device) + held)))
+
+
+def _part(device: torch.device) -> int:
+    """What is free for this process: processes of one machine share its memory."""
+    beside = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available(device) // beside
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opt.config import UserError
 from opt.distributed import rank, world
+from opt.files import write_atomic
 from pretrain.parallel import say
 
 NAMED = 8
@@ -32,6 +33,12 @@ class Guard:
         """Remember a step, its samples on this process, and whether it moved the weights (bool, on the device)."""
         self._recent.append((step, keys, kept))
 
+    def forget_after(self, step: int) -> None:
+        """Drop what an earlier start named beyond a step that the run goes on from: it is done again."""
+        if rank() == 0 and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
+
     def review(self) -> None:
         """Name what was skipped since the last review, in skipped.jsonl too. Waits for the device; every process must
         call it at the same step.
@@ -48,8 +55,9 @@ class Guard:
             if self.in_a_row >= self.most:
                 raise UserError(
                     f"the loss or its gradient was not finite in {self.most} steps in a row, the last of them "
-                    f"{step}; {self.path} names their samples. States saved before stay. Look at these samples, or try "
-                    "--loop.precision float32 or a lower --optim.learning-rate in another --out"
+                    f"{step}; {self.path} names their samples. Look at these, or begin another run (--out) with what "
+                    f"was learned: --start model:{self.path.parent / 'model'} with --loop.precision float32 or a "
+                    "lower --optim.learning-rate"
                 )
 
     def _name(self, step: int, keys: list[str]) -> None:
@@ -60,6 +68,14 @@ class Guard:
         more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         say(f"step {step} was skipped: its loss or gradient is not finite, with {', '.join(keys[:NAMED])}{more} "
             "in the batch")
+
+
+def _step(line: str) -> float:
+    """The step that a line names; infinity for one that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _of_all_processes(keys: list[str]) -> list[str]:

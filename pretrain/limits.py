@@ -22,7 +22,7 @@ def check(settings: Any, group: str = "") -> None:
     for field in fields(settings):
         value, name = getattr(settings, field.name), field.name
         rules = (
-            (AT_LEAST_ONE, "at least 1", lambda number: number >= 1),
+            (AT_LEAST_ONE, "from 1 to 10^12", lambda number: 1 <= number <= 10**12),
             (POSITIVE, "above 0", lambda number: number > 0),
             (NOT_NEGATIVE, "at least 0", lambda number: number >= 0),
             (SEED, "at least 0 and below 2^63", lambda number: 0 <= number < 2**63),

@@ -161,7 +161,7 @@ class MetricsFile:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-        self.seconds = max([json.loads(line).get("seconds", 0.0) for line in kept], default=0.0)
+        self.seconds = max([json.loads(line).get("seconds") or 0.0 for line in kept], default=0.0)
 
     def append(self, values: Mapping[str, Any]) -> str:
         """Write one line now, and say it in a few words."""
@@ -182,5 +182,5 @@ def _step(line: str) -> float:
         values = json.loads(line)
         ours = "validation" in values or math.isfinite(values["seconds"])
         return int(values["step"]) if ours else float("inf")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")

@@ -91,14 +91,14 @@ class Parallel:
 
 
 def of_first(make: Callable[[], Result]) -> Result:
-    """What `make` gives in the first process, for all of them; where it raises UserError, all end with it."""
+    """What `make` gives in the first process, for all of them; all end with its UserError or OSError."""
     if world() == 1:
         return make()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
             outcome[0] = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,38 +14,26 @@ import numpy as np
 import torch
 import tyro
 
-from opt import config as configuration
 from opt.config import UserError
 from opt.data.corpora import open_shards
 from opt.data.manifest import Manifest
 from opt.data.remote import Cache
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
-from opt.distributed import rank
-from opt.files import write_atomic
-from opt.lock import alone
 from opt.progress import in_bytes
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import DataFacts, System, build, load, names, system_type
 from pretrain.dry_run import describe, require_memory
+from pretrain.folder import identity, keep_identity, require_same_run, run_folder
 from pretrain.limits import check
 from pretrain.parallel import of_first, processes, say
 from pretrain.profile import Profile
 from pretrain.start import Start, find_start
-from pretrain.state import newest_state, remove_unfinished
+from pretrain.state import newest_state
 from pretrain.tensorboard import TensorBoard
 from pretrain.trainer import Trainer
 
 ModelConfig = TypeVar("ModelConfig")
-
-FREE = {
-    "shards", "validation", "start", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
-    "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.max_skipped", "loop.parallel",
-    "loop.compile",
-}
-"""Settings that may change between the starts of one run: they do not change what is learned. (Whether places hold the
-same data, or weights to start with, is told by fingerprints.)"""
-
 
 @dataclass(frozen=True)
 class PretrainConfig(Generic[ModelConfig]):
@@ -127,7 +112,7 @@ def pretrain(config: PretrainConfig) -> None:
         _say_what_the_cache_holds(config, reader)
         held_out = _held_out(config, reader, cache)
         start = find_start(config.start, config.vocabulary, config.out) if config.start else None
-        system = _system(config, reader, start)
+        system = _system(config, reader, start, device)
         if start is not None:
             say(f"begins with {start.fill(system)}")
         train(system, reader, config, device, start=start, proportions=config.proportions, held_out=held_out)
@@ -160,20 +145,18 @@ def train(
     to start with made the run.
     """
     begin = partial(Trainer, system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
+    told = identity(config, system, reader, held_out, start, data)
     if config.dry_run:
+        of_first(lambda: require_same_run(config.out, told))
         describe(begin(), config.out)
         return
-    with _run_folder(config.out):
-        data = _fingerprint(reader, held_out, data)
-        of_first(lambda: _same_run(config, data, start))
-        if rank() == 0 and system.reads_text:
-            system.tokenizer.save(config.out)
+    with run_folder(config.out):
+        of_first(lambda: keep_identity(config.out, told, system))
         trainer = begin()
         model = config.out / "model"
         if trainer.finished and (model / "config.json").exists():
             say(f"{config.out} is finished: {_outcome(trainer)}")
             return
-        require_memory(trainer)
         trainer.run(Profile(config.out / "profile", config.profile) if config.profile else None,
                     TensorBoard(config.out / "tensorboard", trainer.step) if config.tensorboard else None)
     say(f"trained {_outcome(trainer)}")
@@ -185,20 +168,6 @@ def _outcome(trainer: Trainer) -> str:
     best = f", the best one {trainer.folder / 'best'}"
     return (f"{trainer.step} steps{early if trainer.step < trainer.loop.steps else ''}; the model is "
             f"{trainer.folder / 'model'}{best if trainer.best.step else ''}")
-
-
-@contextmanager
-def _run_folder(out: Path) -> Iterator[None]:
-    """The run's folder for these processes alone, the first of which holds its lock."""
-    lock = alone(out)
-    of_first(lambda: lock.__enter__())
-    try:
-        if rank() == 0:
-            remove_unfinished(out / "checkpoints")
-        yield
-    finally:
-        if rank() == 0:
-            lock.__exit__(None, None, None)
 
 
 def _say_what_the_cache_holds(config: PretrainConfig, reader: ShardReader) -> None:
@@ -222,12 +191,15 @@ def _held_out(config: PretrainConfig, reader: ShardReader, cache: Cache) -> Shar
     return held_out
 
 
-def _system(config: PretrainConfig, reader: ShardReader, start: Start | None) -> System:
+def _system(config: PretrainConfig, reader: ShardReader, start: Start | None, device: torch.device) -> System:
     torch.manual_seed(config.loop.seed)
     system = config.system.partition(".")[0]
     reads_text = system_type(system).reads_text
     tokenizer = of_first(lambda: _tokenizer(config, reader, start)) if reads_text else None
     try:
+        with torch.device("meta"):
+            sizes = build(system, config.model, tokenizer, facts(reader.manifest))
+        require_memory(sizes, config.loop, device)
         return build(system, config.model, tokenizer, facts(reader.manifest))
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # sizes that no network can have
         raise UserError(f"the model cannot be built from these --model settings: {error}") from error
@@ -235,8 +207,7 @@ def _system(config: PretrainConfig, reader: ShardReader, start: Start | None) ->
 
 def _tokenizer(config: PretrainConfig, reader: ShardReader, start: Start | None) -> Tokenizer:
     """The run's own words where it has begun; else those to start with, to be read, or trained on the captions."""
-    begun = newest_state(config.out / "checkpoints") is not None
-    if begun and (config.out / "tokenizer.json").exists():
+    if newest_state(config.out / "checkpoints") is not None:
         return Tokenizer.load(config.out)
     if start is not None and start.tokenizer is not None:
         return start.tokenizer
@@ -252,41 +223,3 @@ def facts(manifest: Manifest) -> DataFacts:
         speech_width=manifest.speech_width, frame_rate=manifest.frame_rate, codebook=manifest.codebook,
         extractors=manifest.extractors,
     )
-
-
-def _fingerprint(reader: ShardReader, held_out: ShardReader | None, more: str) -> str:
-    """Names everything that the run learns from and is validated on."""
-    return ", ".join([reader.fingerprint, *([more] if more else []),
-                      *([f"held out {held_out.fingerprint}"] if held_out else [])])
-
-
-def _same_run(config: RunConfig, fingerprint: str, start: Start | None) -> None:
-    """Refuse to go on with a run under other settings or other data; one that has saved nothing yet begins anew.
-
-    Raises UserError naming the first difference.
-    """
-    path = config.out / "config.json"
-    wanted = {**configuration.to_dict(config), "data": fingerprint, "start_sha256": start.sha256 if start else None}
-    if wanted.get("proportions"):  # they are on any scale
-        wanted["proportions"] = [round(share / sum(wanted["proportions"]), 9) for share in wanted["proportions"]]
-    if path.exists() and newest_state(config.out / "checkpoints") is not None:
-        try:
-            saved = _flat(json.loads(path.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); give another --out") from error
-        for key, value in _flat(wanted).items():
-            if key not in FREE and saved.get(key) != value:
-                raise UserError(
-                    f"{config.out} holds a run with {key} = {saved.get(key)!r}, not {value!r}; give the same settings "
-                    f"to go on, or another --out (with --start model:{config.out / 'model'} it begins with what was "
-                    "learned here)"
-                )
-    write_atomic(path, json.dumps(wanted, indent=2).encode())
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-

@@ -10,6 +10,7 @@ The state to go on from is the highest step whose listed files have their listed
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -38,17 +39,18 @@ class States:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world() > 1 else None
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self._step = -1
+        self.step = -1
+        """The step of the state that was saved last, or that the run went on from."""
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Copy the state and write it in the background, once the one before it is written; each step only once.
 
         Raises OSError of the one before it: a full disk, a folder that cannot be written.
         """
-        if step == self._step:
+        if step == self.step:
             return
         self.join()
-        self._step = step
+        self.step = step
         temporary = self.folder / f".step-{step:08d}.tmp"
         self.folder.mkdir(parents=True, exist_ok=True)
         writing = dcp.async_save(state(), checkpoint_id=temporary, process_group=self._group, no_dist=world() == 1)
@@ -71,46 +73,60 @@ class States:
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 sync_folder(self.folder)
-                for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                whole = [path for path in _states(self.folder) if path <= final and lacking(path) is None]
+                for old in whole[: -self.keep]:
                     shutil.rmtree(old)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if (refused := _os_error(error)) is not None:
-                raise refused from error
+                raise OSError(refused.errno, refused.strerror, str(self.folder)) from error
             raise
 
 
 def newest_state(folder: Path) -> Path | None:
     """The highest step whose metadata exists and whose listed files have their listed sizes, or None."""
-    return next((path for path in sorted(folder.glob("step-*"), reverse=True) if lacking(path) is None), None)
+    return next((path for path in reversed(_states(folder)) if lacking(path) is None), None)
 
 
 def lacking(path: Path) -> str | None:
     """What keeps a folder from being a whole state, in words, or None."""
-    if not (path / ".metadata").exists() or not (path / FILES).exists():
-        return "it was not finished"
-    for name, listed in read_json(path / FILES).items():
-        size = (path / name).stat().st_size if (path / name).exists() else 0
-        if size != listed["bytes"]:
-            return f"{name} has {size:,} of {listed['bytes']:,} bytes"
+    try:
+        sizes = {name: int(about["bytes"]) for name, about in read_json(path / FILES).items()}
+        for name, size in {".metadata": sizes[".metadata"], **sizes}.items():
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found:,} of {size:,} bytes"
+    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{FILES} or a file that it lists is missing or damaged ({error})"
     return None
+
+
+def _states(folder: Path) -> list[Path]:
+    """Folders of states, whole or not, by step."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 def load_state(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` (same structure as was saved) from a checkpoint, in place. Raises UserError when it is damaged."""
-    for name, listed in read_json(path / FILES).items():
-        if sha256(path / name) != listed["sha256"]:
-            older = max((other for other in path.parent.glob("step-*") if other < path), default=None)
-            raise UserError(
-                f"{path} is damaged ({name} is not as it was written); delete that folder and run the same command "
-                f"again to go on from {older.name if older else 'the beginning'}"
-            )
-    dcp.load(state, checkpoint_id=path, no_dist=world() == 1)
+    reason = None
+    try:
+        listed = read_json(path / FILES)
+        reason = next((f"{name} is not as it was written" for name in listed
+                       if sha256(path / name) != listed[name]["sha256"]), None)
+        if reason is None:
+            dcp.load(state, checkpoint_id=path, no_dist=world() == 1)
+    except (dcp.CheckpointException, ValueError, KeyError, OSError) as error:  # of other sizes, or gone meanwhile
+        reason = f"it does not fit this model, or is gone: {str(error).strip().splitlines()[-1][:200]}"
+    if reason is not None:
+        older = max((other for other in _states(path.parent) if other < path), default=None)
+        raise UserError(
+            f"{path} is damaged ({reason}); delete that folder and run the same command again to go on from "
+            f"{older.name if older else 'the beginning'}"
+        )
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a kill left half written. Only while nobody writes there."""
-    for path in folder.glob(".step-*.tmp"):
+    """Remove the folders that a kill left half written. Only while nobody writes there."""
+    for path in folder.glob(".*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -30,14 +30,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from opt.checkpoint import save_pretrained
-from opt.config import RunAgain
+from opt.config import RunAgain, UserError
 from opt.data.batch import Batch
 from opt.data.capacity import Filled
 from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.distributed import rank, world
-from opt.files import make_folder
+from opt.files import make_folder, replace_folder
 from opt.nn.compiled import compile_blocks
 from opt.objectives.term import Term, loss
 from opt.progress import Progress as Bar
@@ -64,6 +64,10 @@ class Step:
     losses: list[Tensor]
     norm: Tensor
     kept: Tensor
+
+
+class _Told(BaseException):
+    """A signal came while the loop waited for data."""
 
 
 class Trainer:
@@ -94,6 +98,7 @@ class Trainer:
         self.best = Best()
         self.step, self.position = 0, 0
         self.stopped_by: int | None = None
+        self.waiting = False
         if (newest := of_first(lambda: newest_state(folder / "checkpoints"))) is not None:
             self._load(newest)
 
@@ -128,8 +133,8 @@ class Trainer:
                 self._log_and_save(batches[0], meter, metrics, loader.waited, bar)
                 if profiler is not None:
                     profiler.step()
-        self._write_model("model")
-        self.states.join()
+            self.states.join()
+            self._write_model("model")
 
     def train_step(self, batches: list[Batch]) -> Step:
         """One optimizer step on this process's micro-batches, whose counts are `counted_together`."""
@@ -180,11 +185,17 @@ class Trainer:
 
     def _next(self, steps: Iterator[tuple[list[Batch], int]]) -> tuple[list[Batch], int]:
         """The next step's micro-batches; where a process is told to stop or cannot read, all save what was learned."""
-        batches, position, failure = [], 0, None
+        batches: list[Batch] = []
+        position, failure = 0, None
         try:
+            self.waiting = True  # a signal ends it: data may be long in coming, and nothing is in flight
             batches, position = next(steps)
+            self.waiting = False
+        except _Told:
+            pass
         except Exception as error:
             failure = error
+        self.waiting = False
         told = how_many(failed=failure is not None, stopping=self.stopped_by is not None)
         if any(told.values()):
             self.states.save(self.step, self._state)
@@ -218,7 +229,7 @@ class Trainer:
         log, validate, save = (last or self.step % every == 0 for every in (
             self.loop.log_every, self.loop.validate_every or self.loop.save_every, self.loop.save_every))
         if log or validate or save:
-            self.guard.review()
+            self._review()
         if log:
             rate = learning_rate(self.step - 1, self.loop.steps, self.optim)
             note = metrics.append({"step": self.step, **meter.line(waited), "learning_rate": rate})
@@ -228,6 +239,14 @@ class Trainer:
             self._save(batch)
         if bar is not None:
             bar.advance(1, note)
+
+    def _review(self) -> None:
+        """Name skipped steps; where too many end the run, leave the model as it stands, to begin another run with."""
+        try:
+            self.guard.review()
+        except UserError:
+            self._write_model("model")
+            raise
 
     def _validate(self, validation: Validation, metrics: MetricsFile, meter: Meter) -> str:
         """Validate, keep the best model, and say how it went."""
@@ -251,10 +270,12 @@ class Trainer:
         weights = cast(dict[str, Tensor], get_model_state_dict(self.system, options=options))
         if rank() == 0:
             best = f"; held-out loss {self.best.loss:.4f} at step {self.best.step:,}" if self.best.step else ""
+            unfinished = self.folder / f".{name}.tmp"
             save_pretrained(
-                self.system, self.folder / name, weights, f": {self.step:,} of {self.loop.steps:,} steps of at most "
+                self.system, unfinished, weights, f": {self.step:,} of {self.loop.steps:,} steps of at most "
                 f"{self.loop.batch_tokens:,} tokens on data {self.reader.fingerprint[:16]}{best}"
             )
+            replace_folder(unfinished, self.folder / name)
 
     def _state(self) -> dict[str, Any]:
         """All that the next step depends on; names are the same in one process and in many."""
@@ -273,6 +294,8 @@ class Trainer:
         counters = {name: value.item() for name, value in state["counters"].items()}
         self.step, self.position, self.guard.in_a_row = counters["step"], counters["position"], counters["skipped"]
         self.best = Best(counters["best_loss"], counters["best_step"], counters["since_best"])
+        self.states.step = self.step
+        self.guard.forget_after(self.step)
 
     def _seed(self, micro_batch: int) -> int:
         """Of what is drawn in a micro-batch of the step at hand, on this process."""
@@ -285,6 +308,9 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             self.stopped_by = number
+            if self.waiting:
+                self.waiting = False
+                raise _Told
 
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         before = {number: signal.signal(number, stop) for number in numbers}

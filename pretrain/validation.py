@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt.config import UserError
 from opt.data.loader import Loader
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
@@ -50,9 +51,11 @@ class Validation:
 
     def __init__(self, reader: ShardReader, preparer: Preparer, loop: LoopConfig) -> None:
         self.reader, self.preparer, self.loop = reader, preparer, loop
-        costs = preparer.cost(reader.lengths)
-        tokens = loop.batch_tokens // loop.accumulate
-        self.plan = Plan(SEED, costs, tokens, preparer.tasks, reader.key_hash, loop.multiple)
+        costs, tokens = preparer.cost(reader.lengths), max(1, loop.batch_tokens // loop.accumulate)
+        try:
+            self.plan = Plan(SEED, costs, tokens, preparer.tasks, reader.key_hash, loop.multiple)
+        except UserError as error:
+            raise UserError(f"held-out samples (--validation): {error}") from error
 
     def run(self, module: nn.Module, device: torch.device, bfloat16: bool, progress: Progress) -> dict[str, Any]:
         """`loss` and `losses`: means over everything that counts in all batches, whichever process saw it."""

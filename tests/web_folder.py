@@ -16,12 +16,15 @@ Fault = Callable[["_Handler", bytes], None]
 
 @dataclass
 class Web:
-    """A folder on the web. `asked` lists "NAME RANGE"; a request takes the next of `faults`, None for none."""
+    """A folder on the web. `asked` lists "NAME RANGE", `said` who asked; a request takes the next of `faults`, None for
+    none. `over`: it is shut down."""
 
     url: str
     asked: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     faults: deque[Fault | None] = field(default_factory=deque)
     ranges: bool = True
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -40,6 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         web, (folder, _, name) = self.server.web, self.path.rpartition("/")
         web.asked.append(f"{name} {self.headers.get('Range', '')}".strip())
+        web.said.append(self.headers.get("Authorization", ""))
         path = self.server.folder / name
         if folder != "/data/shards" or not path.exists():
             return self.answer(404, b"not here")
@@ -77,6 +81,18 @@ def flipped(handler: _Handler, content: bytes) -> None:
     handler.answer(206, content[:-1] + bytes([content[-1] ^ 1]))
 
 
+def hung(handler: _Handler, content: bytes) -> None:
+    """Nothing, for ever."""
+    handler.server.web.over.wait()
+    handler.close_connection = True
+
+
+def stalled(handler: _Handler, content: bytes) -> None:
+    """Half of what it promised, and then nothing, for ever."""
+    handler.answer(206, content[: len(content) // 2], len(content))
+    hung(handler, content)
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[Web]:
     """The folder on a port of this machine."""
@@ -86,4 +102,5 @@ def serving(folder: Path) -> Iterator[Web]:
         server.web = Web(f"http://127.0.0.1:{server.server_address[1]}/data/shards")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server.web
+        server.web.over.set()
         server.shutdown()

@@ -31,12 +31,13 @@ WIDTHS = ("region_width", "speech_width")
 def open_shards(places: Sequence[str], cache: Cache) -> ShardReader:
     """The shards at these places, local folders or fsspec URLs, in this order.
 
-    Raises UserError for a place named twice, one that holds no complete shards, or folders that do not go together.
+    Raises UserError for shards named twice, a place that holds no complete ones, or folders that do not go together.
     """
-    for number, place in enumerate(places):
-        if place in places[:number]:
-            raise UserError(f"{place} is named twice; name it once, and say by --proportions how often to read it")
     readers = [ShardReader(place, cache) for place in places]
+    for first, second in combinations(readers, 2):
+        if first.fingerprint == second.fingerprint:
+            raise UserError(f"{second.place} names the shards of {first.place} again; name them once, and say by "
+                            "--proportions how often to read them")
     return readers[0] if len(readers) == 1 else Corpora(readers)
 
 

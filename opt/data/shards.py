@@ -29,7 +29,7 @@ from opt.config import UserError
 from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg_header, member_header, parse_header
 from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
-from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span
+from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span, refuse_secrets
 from opt.data.stored import INDEX, StoredShard, key_hash
 from opt.files import open_atomic, sync_folder, write_atomic
 
@@ -160,6 +160,7 @@ class ShardReader:
     def __init__(self, folder: Path | str, cache: Cache | None = None) -> None:
         self._remote: RemoteFolder | None = None
         if isinstance(folder, str) and "://" in folder:
+            refuse_secrets(folder)
             if cache is None:
                 raise UserError(f"{folder} is read through a local cache: ShardReader(url, Cache(folder, gigabytes))")
             self._remote = RemoteFolder(folder, cache)

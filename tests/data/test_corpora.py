@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -122,8 +124,11 @@ def test_places_are_opened_in_order(tmp_path: Path, folders: list[ShardReader]) 
     places = [str(reader.folder) for reader in folders]
     assert type(open_shards(places[:1], cache)) is ShardReader
     assert open_shards(places, cache).fingerprint == Corpora(folders).fingerprint
-    with pytest.raises(UserError, match="first is named twice"):
-        open_shards([*places, places[0]], cache)
+    mirror = tmp_path / "mirror"
+    shutil.copytree(places[0], mirror)
+    for again in (places[0], places[0] + "/", f"{tmp_path}/second/../first", str(mirror), f"file://{mirror}"):
+        with pytest.raises(UserError, match=f"{re.escape(again)} names the shards of {places[0]} again.*--proportions"):
+            open_shards([*places, again], cache)
     with pytest.raises(UserError, match="is not a folder"):
         open_shards([places[0], str(tmp_path / "nowhere")], cache)
 

@@ -6,9 +6,13 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 from stored_records import full_narration, full_picture, full_record, noise_jpeg, same, write_folder
-from web_folder import Fault, Web, busy, cut, flipped, serving, short
+from web_folder import Fault, Web, busy, cut, flipped, hung, serving, short, stalled
 
 from opt.config import UserError
 from opt.data import remote
@@ -262,6 +266,144 @@ def test_a_server_that_stays_away_is_named(local: ShardReader, web: Web, tmp_pat
     web.ranges = False
     with pytest.raises(UserError, match="must answer requests for ranges"):
         reader.sample(40)
+
+
+@pytest.mark.parametrize("fault", [hung, stalled])
+def test_a_server_that_never_answers_is_asked_again_in_time(
+    local: ShardReader, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    reader = ShardReader(web.url, Cache(tmp_path, 1))
+    reader.key_hash  # noqa: B018  # the indices
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    web.faults = deque([fault, None] * 2)
+    web.asked.clear()
+    reader.prefetch([0, 17, 40, 41])
+    assert agree(reader, local, [0, 17, 40, 41])
+    assert len(web.asked) == 5, "what came in time is kept: three spans, of which two hung, then one of these"
+    web.faults = deque([fault] * 100)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"{web.url}/00001.tar: no answer in .*4 attempts in .*the same command again"):
+        reader.sample(20)
+    assert 4 * 0.3 < time.monotonic() - began < 5
+    web.faults.clear()
+    assert agree(reader, local, [20])
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is set, files of fsspec's memory take for ever to be read."""
+    stuck, over = threading.Event(), threading.Event()
+    system = type(fsspec.filesystem("memory"))
+    read = system.cat_file
+    monkeypatch.setattr(system, "cat_file", lambda *asked: over.wait() if stuck.is_set() else read(*asked))
+    yield stuck
+    stuck.clear()
+    over.set()
+
+
+def test_file_systems_without_asyncio_are_waited_for_no_longer_and_hold_one_thread(
+    local: ShardReader, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: threading.Event
+) -> None:
+    reader = ShardReader(in_memory, Cache(tmp_path, 1))
+    reader.sample(0)
+    threads = threading.active_count()
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    stuck.set()
+    began = time.monotonic()
+    for number in (20, 40):
+        with pytest.raises(UserError, match="memory://shards/0000..npy: no answer in .* 4 attempts"):
+            reader.sample(number)
+    assert time.monotonic() - began < 3 and threading.active_count() == threads
+
+
+class Stop(Exception):
+    """What a signal handler raises."""
+
+
+@contextmanager
+def stopped_after(seconds: float, error: type[BaseException] = Stop) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    began = time.monotonic()
+    try:
+        with pytest.raises(error):
+            yield
+        assert seconds <= time.monotonic() - began < seconds + 0.5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_ends_the_wait(
+    local: ShardReader, web: Web, in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stuck: threading.Event,
+) -> None:  # fmt: skip
+    on_the_web, slow = ShardReader(web.url, Cache(tmp_path / "web", 1)), ShardReader(in_memory, Cache(tmp_path, 1))
+    costs = 1 + on_the_web.lengths.regions
+    plan = Plan(0, costs, 300, Tasks(("all",), (1.0,)), on_the_web.key_hash, multiple=2, sizes=on_the_web.sizes)
+    web.faults = deque([hung] * 3)
+    with stopped_after(0.2):
+        on_the_web.sample(0)
+    with stopped_after(0.2, KeyboardInterrupt):
+        next(iter(Loader(on_the_web, plan, Sums(), workers=0)))
+    web.faults = deque([busy] * 3)
+    monkeypatch.setattr(remote, "PAUSES", (30.0,))
+    with stopped_after(0.2):
+        on_the_web.sample(0)
+    stuck.set()
+    with stopped_after(0.2):
+        slow.sample(0)
+    web.faults.clear()
+    assert agree(on_the_web, local, [0, 20])
+
+
+def test_a_place_that_refuses_is_said_plainly(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError) as refused:
+        ShardReader(f"http://127.0.0.1:{port}/x", Cache(tmp_path, 1))
+    assert "Connect call failed" in str(refused.value)
+    assert "ssl" not in str(refused.value) and "replaced" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:SECRET@host/shards", "https://SECRET@host/shards", "HTTP://me:SEC/RET@host/shards",
+        "https://host:80/shards?token=SECRET", "s3://bucket/shards#SECRET", "s3://key:SECRET@bucket/shards",
+        "simplecache::https://me:SECRET@host/shards", "sftp://me:1SECRET@host:22/shards", "https://me:SEC#RET@host/x",
+    ],
+)  # fmt: skip
+def test_addresses_with_secrets_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+    for open_it in (lambda: ShardReader(url, Cache(tmp_path, 1)), lambda: ShardReader(url)):
+        with pytest.raises(UserError, match="docs/shards.md") as refused:
+            open_it()
+        assert not any(part in str(refused.value) for part in ("SEC", "RET", "host", "me:"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://host:8000/a@b/c:d", "abfs://container@account.dfs.core.windows.net/x", "sftp://me@host:22/x",
+     "s3://bucket/x", "https://[2001:db8:0:0:0:0:0:1]:80/x", "hf://datasets/me/shards@main/x", "file:///x"],
+)  # fmt: skip
+def test_addresses_without_secrets_are_not_refused(url: str) -> None:
+    remote.refuse_secrets(url)
+
+
+@pytest.mark.parametrize("way", ["headers", "netrc"])
+def test_a_web_server_is_told_a_secret_by_fsspecs_configuration(
+    local: ShardReader, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    told = {"headers": {"Authorization": "Basic bWU6U0VDUkVU"}}  # me:SECRET
+    monkeypatch.setitem(fsspec.config.conf, "http", told if way == "headers" else {"client_kwargs": {"trust_env": True}})
+    if way == "netrc":
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password SECRET\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    reader = ShardReader(web.url, Cache(tmp_path / "cache", 1))
+    assert agree(reader, local, [0, 20]) and set(web.said) == {"Basic bWU6U0VDUkVU"}
 
 
 def test_data_that_changed_is_never_mixed(local: ShardReader, in_memory: str, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_batch_that_may_not_fit_is_a_warning_and_no_step_is_tried(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = 4 * sum(parameter.numel() for parameter in _trainer(shards, tmp_path).system.parameters())
-    monkeypatch.setattr(dry_run, "available", lambda device: 3 * weights + 100)  # gradients, moments, no batch
+    monkeypatch.setattr(dry_run, "available", lambda device: 4 * weights + 100)  # states, no batch
     monkeypatch.setattr(Trainer, "train_step", None)
     text = said(shards, tmp_path / "run", capsys)
     assert "WARNING: that may be more than there is; lower --loop.batch-tokens" in text and "not measured" in text

@@ -116,7 +116,7 @@ def test_the_learning_rate_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(("changes", "rule"), [
-    ({"steps": 0}, "--loop.steps 0 must be"), ({"log_every": 0, "keep": 0}, "--loop.log-every 0.*--loop.keep 0"),
+    ({"steps": 0}, "--loop.steps 0 must be from 1"), ({"log_every": 0, "keep": 0}, "--loop.log-every 0.*--loop.keep 0"),
     ({"batch_tokens": -1}, "--loop.batch-tokens -1"), ({"accumulate": 0}, "--loop.accumulate 0"),
     ({"seed": 2**63}, "--loop.seed 9223372036854775808 must be"),
 ])
