@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from feature_extract.backends.dvae import load as load_codes
-from opt.checkpoint import from_pretrained, load_state
+from opt.checkpoint import from_pretrained
 from opt.data.plan import BatchPlan
 from opt.data.shards import ShardReader
 from opt.nn.dvae import DiscreteVAE
@@ -30,6 +30,7 @@ from opt.recipe import LoopConfig
 from opt.systems.dvae import DVAE, Pixels
 from opt.systems.system import load
 from pretrain.run import PretrainConfig, pretrain
+from pretrain.state import load_state
 
 POINTS = 5
 """States kept on the way, at equal distances."""
@@ -75,7 +76,8 @@ def _config(options: argparse.Namespace) -> PretrainConfig[Any]:
     preset = load(options.preset)
     loop = LoopConfig(steps=options.steps, batch_tokens=preset.loop.batch_tokens, workers=1, log_every=50,
                       save_every=max(1, options.steps // POINTS), keep=POINTS + 1)
-    return PretrainConfig(options.preset, (str(options.shards),), options.out, preset.model, loop=loop, optim=preset.optim)
+    shards = (str(options.shards),)
+    return PretrainConfig(options.preset, shards, options.out, preset.model, loop=loop, optim=preset.optim)
 
 
 def _pictures(reader: ShardReader) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from study import CHECKPOINTS, MODEL, Run, arguments, carry_out, make_data
 
 from eval.metrics import ranks
-from opt.checkpoint import load_state
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.files import write_atomic
 from opt.objectives.term import Term, loss
 from opt.systems.opt import OPT
 from opt.systems.system import Progress, System
+from pretrain.state import load_state
 
 MODES = {"rows": "full", "steps": "steps", "joint": "joint"}
 """The variant of each way to mix."""

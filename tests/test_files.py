@@ -1,13 +1,14 @@
 """Atomic files are complete or absent; progress says where it stands."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from opt import progress as progress_module
-from opt.files import make_folder, open_atomic, sha256, write_atomic
+from opt.files import make_folder, mend_folder, open_atomic, replace_folder, sha256, write_atomic
 from opt.progress import progress
 
 
@@ -90,3 +91,29 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "2/2" in shown.err and "[0 failed]" in shown.err
     assert "a line between" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_folder_is_replaced_by_a_whole_one_or_stands_as_it_was(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of its renames and removals, the folder is there after mending: the old one or the new one."""
+    for name, content in (("best", "old"), (".best.tmp", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(content)
+    calls = iter(range(10))
+
+    def until(self: Path, target: Path) -> Path:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return Path(os.rename(self, target) or target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", until)
+        try:
+            replace_folder(tmp_path / ".best.tmp", tmp_path / "best")
+        except KeyboardInterrupt:
+            assert moment < 2
+    mend_folder(tmp_path / "best")
+    assert (tmp_path / "best" / "weights").read_text() == ("new" if moment == 2 else "old")
+    assert not (tmp_path / ".best.old").exists()

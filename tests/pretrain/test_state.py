@@ -61,6 +61,31 @@ def test_a_state_that_is_not_whole_is_passed_over(tmp_path: Path, damage: str) -
     assert loaded["weights"].tolist() == [1.0] * 1000
 
 
+def test_what_is_not_whole_never_costs_what_is(tmp_path: Path) -> None:
+    """A copy that was cut short, of a step far ahead, and folders of other names."""
+    save(tmp_path, 8, keep=1)
+    for name in ("step-00000010", "step-00000004-copy", "step-00000000.note"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 9, keep=1)
+    newest = newest_state(tmp_path)
+    assert newest is not None and newest.name == "step-00000009"
+    assert names(tmp_path) == ["step-00000000.note", "step-00000004-copy", "step-00000009", "step-00000010"]
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{}", "not JSON", '{".metadata": {"bytes": "many"}}'])
+def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / FILES).write_text(content)
+    found = newest_state(tmp_path)
+    assert found is not None and found.name == "step-00000001"
+
+
+def test_a_state_of_other_sizes_is_a_sentence(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_state(tmp_path / "step-00000001", {"weights": torch.zeros(7), "step": torch.tensor(0)})
+
+
 def test_bytes_that_changed_are_named_with_the_way_out(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     newest = newest_state(tmp_path)
