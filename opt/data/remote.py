@@ -11,21 +11,15 @@ longest ago is cut to nothing while others read it, and what they then miss they
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import functools
 import hashlib
 import os
-import re
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -33,6 +27,7 @@ from zlib import crc32
 import numpy as np
 
 from opt.config import UserError
+from opt.data.ask import answers, file_system
 from opt.data.encoding import FIRST_READ, parse_header
 from opt.data.manifest import MANIFEST, Receipt, parse_manifest
 from opt.data.stored import DamagedRecord, StoredShard
@@ -190,20 +185,20 @@ class RemoteFolder:
 
     def _ask(self, spans: list[Span]) -> list[bytes | BaseException]:
         """One attempt: the bytes of each span, or what went wrong. Raises UserError for what no attempt will mend."""
-        system, root = _file_system(self.url)
+        system, root = file_system(self.url)
         wanted = [(f"{root}/{span.name}", *((None, None) if span.end == WHOLE else span[1:])) for span in spans]
         size = sum(span.end - span.start for span in spans)
-        answers = _answers(system, wanted, PATIENCE + max(0, size) / SLOWEST)
-        for place, (span, answer) in enumerate(zip(spans, answers, strict=True)):
+        came = answers(system, wanted, PATIENCE + max(0, size) / SLOWEST)
+        for place, (span, answer) in enumerate(zip(spans, came, strict=True)):
             if isinstance(answer, FileNotFoundError | PermissionError):
                 raise UserError(_refused(f"{self.url}/{span.name}", answer)) from answer
             if isinstance(answer, bytes) and span.end != WHOLE and len(answer) != span.end - span.start:
                 if len(answer) > span.end - span.start:
                     raise UserError(f"{self.url}/{span.name}: its server sends more than the bytes asked for; it must "
                                     "answer requests for ranges (most do; Python's http.server does not)")
-                answers[place] = EOFError(f"{len(answer):,} bytes came of {span.end - span.start:,}: it broke off, or "
+                came[place] = EOFError(f"{len(answer):,} bytes came of {span.end - span.start:,}: it broke off, or "
                                           "what lies there was replaced")
-        return answers
+        return came
 
     def _write(self, spans: Sequence[Span], contents: Sequence[bytes]) -> None:
         """Spans of tars into the cache's files, each at its place."""
@@ -311,81 +306,6 @@ def _joined(spans: Iterable[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
-
-
-def refuse_secrets(url: str) -> None:
-    """Raises UserError, without the secret, for an address that may hold one: runs write addresses down."""
-    found = "a query or fragment (? or #)" if "?" in url or "#" in url else ""
-    for part in url.split("::"):
-        protocol, _, rest = part.partition("://")
-        authority = re.sub(r"^\[.*\]", "", rest.partition("/")[0])  # without the colons of IPv6
-        no_port = re.search(r":(?!\d*$)", authority)
-        if no_port or "@" in authority and protocol.lower() in ("http", "https"):
-            found = "a user name or password"
-    if found:
-        raise UserError(f"the address of shards ({url.partition('://')[0]}://...) holds {found}, which the run's files "
-                        "and messages would repeat: leave it out, and give it by the place's own variables or files "
-                        "(AWS_* for s3://) or by fsspec's (FSSPEC_HTTP for https://), as docs/shards.md shows")
-
-
-def _answers(
-    system: Any, wanted: Sequence[tuple[str, int | None, int | None]], seconds: float
-) -> list[bytes | BaseException]:
-    """What comes of each (path, start, end) within `seconds`, TimeoutError where nothing does.
-
-    Other threads ask, and this one only waits, without catching anything: what a signal handler raises ends the wait.
-    """
-    import fsspec
-
-    futures: list[Future[bytes]] = []
-    try:
-        for path, start, end in wanted:
-            if isinstance(system, fsspec.asyn.AsyncFileSystem):
-                task = system._cat_file(path, start=start, end=end)
-                futures.append(asyncio.run_coroutine_threadsafe(task, system.loop))
-            else:
-                futures.append(Future())
-                _queue(os.getpid()).put((futures[-1], functools.partial(system.cat_file, path, start, end)))
-        done, _ = wait(futures, seconds)
-        late = TimeoutError(f"no answer in {seconds:.0f} seconds")
-        return [late if f not in done or f.cancelled() else f.exception() or f.result() for f in futures]
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-@functools.cache
-def _queue(process: int) -> SimpleQueue[Any]:
-    """Of this process: what its one thread reads from file systems that know no asyncio, as (future, read)."""
-    queue: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_read_in_turn, args=(queue,), name="shards", daemon=True).start()
-    return queue
-
-
-def _read_in_turn(queue: SimpleQueue[Any]) -> None:
-    """Never ends. Skips what nobody waits for any more."""
-    while True:
-        future, read = queue.get()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(read())
-            except BaseException as error:
-                future.set_exception(error)
-        del future, read  # or the last bytes would stay
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, this process's own (fsspec keeps one a process), and the path on it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        protocol = url.partition("://")[0].partition("::")[0]
-        extra = {"https": "http", "gcs": "gs", "s3a": "s3"}.get(protocol, protocol)
-        raise UserError(f"{url}: {error}: `pip install 'fsspec[{extra}]'` brings what it takes") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; it must be a URL that fsspec knows, such as s3://bucket/folder") from error
 
 
 def _refused(url: str, error: OSError) -> str:

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from opt.config import UserError
+from opt.data.ask import refuse_secrets
 from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg_header, member_header, parse_header
 from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
-from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span, refuse_secrets
+from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span
 from opt.data.stored import INDEX, StoredShard, key_hash
 from opt.files import open_atomic, sync_folder, write_atomic
 
