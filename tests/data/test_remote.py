@@ -24,7 +24,7 @@ from web_folder import Fault, Web, busy, cut, flipped, hung, serving, short, sta
 
 from opt.config import UserError
 from opt.data import remote
-from opt.data.ask import refuse_secrets
+from opt.data.ask import answers, refuse_secrets
 from opt.data.loader import Loader
 from opt.data.plan import BatchPlan, Plan, Tasks
 from opt.data.record import Record, Sample
@@ -317,6 +317,20 @@ def test_file_systems_without_asyncio_are_waited_for_no_longer_and_hold_one_thre
         with pytest.raises(UserError, match=r"memory://shards/0000..npy: no answer in 0.1\d* seconds \(4 attempts"):
             reader.sample(number)
     assert time.monotonic() - began < 3 and threading.active_count() == threads
+
+
+def test_what_nobody_waits_for_any_more_is_not_read() -> None:
+    asked, over = [], threading.Event()
+
+    class Slow:
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            asked.append(path)
+            over.wait()
+            return path.encode()
+
+    assert [type(answer) for answer in answers(Slow(), [("a", 0, 1), ("b", 0, 1)], 0.1)] == [TimeoutError] * 2
+    over.set()
+    assert answers(Slow(), [("c", 0, 1)], 10) == [b"c"] and asked == ["a", "c"]
 
 
 class Stop(Exception):
