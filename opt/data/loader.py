@@ -10,6 +10,7 @@ and there is no worker state to save.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import signal
 import sys
@@ -115,8 +116,19 @@ def _check_split(multiple: int, world: int, micro_batches: int) -> None:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and job schedulers signal every process; the parent then asks workers for what it still needs."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Ctrl-C and job schedulers signal every process; the parent then asks workers for what it still needs.
+
+    A second SIGTERM is the parent's own: it ends a worker that hangs in a read.
+    """
+    told: list[int] = []
+
+    def terminate(number: int, frame: Any) -> None:
+        told.append(number)
+        if len(told) > 1:
+            os._exit(1)
+
+    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,6 +201,28 @@ def test_a_reader_that_fails_costs_no_step(shards: Path, tmp_path: Path, monkeyp
     pretrain(config(shards, tmp_path / "run", save_every=100))
     whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(whole[name], run[name]) for name in whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_waiting_for_data_does_not_keep_a_run_from_stopping(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    sample, read = ShardReader.sample, itertools.count()
+
+    def hang(self: ShardReader, number: int, jpeg: bool = False) -> object:
+        if next(read) > 60:
+            time.sleep(600)
+        return sample(self, number, jpeg)
+
+    monkeypatch.setattr(ShardReader, "sample", hang)
+    told = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+    told.start()
+    began = time.monotonic()
+    with pytest.raises(RunAgain, match="which is saved"):
+        pretrain(config(shards, tmp_path, save_every=100, workers=workers))
+    assert time.monotonic() - began < 30
+    newest = newest_state(tmp_path / "checkpoints")
+    assert newest is not None and newest.name > "step-00000000"
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
