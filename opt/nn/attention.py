@@ -30,12 +30,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return tokens[index]
+        return tokens.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return gradient[inverse], None, None
+        return gradient.index_select(0, inverse), None, None
 
 
 class _Return(torch.autograd.Function):
@@ -45,14 +45,13 @@ class _Return(torch.autograd.Function):
     def forward(ctx: Any, dense: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.rows = len(dense)
-        return dense[inverse]
+        return dense.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
         dense = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
-        dense[inverse] = gradient
-        return dense, None
+        return dense.index_copy_(0, inverse, gradient), None
 
 
 def attend(query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool) -> Tensor:
@@ -128,8 +127,8 @@ def _attend_by_products(query_bHLd: Tensor, key_bHLd: Tensor, value_bHLd: Tensor
     scores_bHLL = (query_bHLd * query_bHLd.shape[-1] ** -0.5) @ key_bHLd.transpose(-1, -2)
     if causal:
         mask = torch.ones(scores_bHLL.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores_bHLL = scores_bHLL.masked_fill(~mask, float("-inf"))
+    if mask is not None:  # added in place: nothing is copied, and the backward pass need not know of it
+        scores_bHLL += torch.zeros(mask.shape, dtype=scores_bHLL.dtype).masked_fill_(~mask, float("-inf"))
     return scores_bHLL.softmax(dim=-1) @ value_bHLd
 
 

@@ -40,7 +40,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
         """(..., D) -> (..., V), tied to the token table."""
-        return F.linear(hidden, table_VD[: len(self.bias)], self.bias)
+        own = len(self.bias)  # a slice is cast anew each time, the whole table once a step
+        return F.linear(hidden, table_VD if len(table_VD) == own else table_VD[:own], self.bias)
 
     def start(
         self, context_BMD: Tensor, context_valid_BM: Tensor, length: int, beams: int = 1
