@@ -38,8 +38,6 @@ class Side:
 
     def take(self, number: int, device: torch.device) -> None:
         """One timed step on a batch."""
-        if device.type == "cpu":
-            torch.set_num_threads(self.threads)
         wall, cpu = timed(lambda: self.kernels[self.kernel](self.batches[number]), device)
         self.wall.setdefault(number, []).append(wall)
         self.cpu.setdefault(number, []).append(cpu)
@@ -76,12 +74,19 @@ def over(side: Side, baseline: Side, of: Literal["tokens", "samples"] = "tokens"
 
 
 def take_turns(sides: Mapping[str, Side], repeats: int, threads: int, device: torch.device) -> None:
-    """Give each side its kernel and threads, then let all take each of their batches `repeats` times, in turns."""
+    """Give each side its kernel and threads, then let them take all of their batches `repeats` times, in turns.
+
+    A turn begins with a step that is not timed: one that follows another side's finds caches and memory cold, as no
+    step of a training does.
+    """
     for side in sides.values():
         _choose(side, threads if device.type == "cpu" else 1, device)
     for _ in range(repeats):
-        for number in range(max(len(side.batches) for side in sides.values())):
-            for side in sides.values():
+        for side in sides.values():
+            if device.type == "cpu":
+                torch.set_num_threads(side.threads)
+            side.kernels[side.kernel](side.batches[-1])
+            for number in range(len(side.batches)):
                 side.take(number, device)
 
 
