@@ -109,6 +109,8 @@ def test_a_baseline_sees_the_real_tokens_that_are_counted() -> None:
                     if name != "encoder") - len(batch.views["encoder"].gather)
         assert encoded + written - twice == batch.tokens
         assert 0 <= twice <= sum(len(writing.seen) for writing in batch.writings.values())
+        for writing in regrouped.writings.values():  # decoders look at rows of the fused run alone
+            assert len(writing.seen) == 0 or int(writing.seen.max()) < regrouped.extra["fused_valid"].numel()
 
 
 def test_our_clip_with_the_weights_of_open_clip_has_its_loss() -> None:
