@@ -196,7 +196,8 @@ class Trainer:
         except Exception as error:
             failure = error
         self.waiting = False
-        told = how_many(failed=failure is not None, stopping=self.stopped_by is not None)
+        asked = self.stopped_by is not None  # then a reader may well have failed
+        told = how_many(failed=failure is not None and not asked, stopping=asked)
         if any(told.values()):
             self.states.save(self.step, self._state)
             self.states.join()

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from opt.config import UserError
 from opt.data.plan import BatchPlan, Plan, split
@@ -38,6 +38,9 @@ class Prepare(Protocol):
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan, /) -> Any: ...
 
+
+HANGS = 4.0
+"""Seconds at one micro-batch after which a worker may be ended; torch's loader waits five before it ends one."""
 
 # Workers are forked where that is sound: they share the parent's modules and index at once, while a spawned worker
 # imports torch anew (5 s of a core). They touch neither CUDA nor thread pools, which do not survive a fork.
@@ -118,13 +121,12 @@ def _check_split(multiple: int, world: int, micro_batches: int) -> None:
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and job schedulers signal every process; the parent then asks workers for what it still needs.
 
-    A second SIGTERM is the parent's own: it ends a worker that hangs in a read.
+    SIGTERM is the parent's too, when a worker did not end for seconds: one that hangs in a read ends then.
     """
-    told: list[int] = []
+    work: Any = get_worker_info()
 
     def terminate(number: int, frame: Any) -> None:
-        told.append(number)
-        if len(told) > 1:
+        if work.dataset.since is not None and time.monotonic() - work.dataset.since > HANGS:
             os._exit(1)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -151,8 +153,17 @@ class _MicroBatches(Dataset[Any]):
 
     def __init__(self, reader: ShardReader, preparer: Prepare) -> None:
         self.reader, self.preparer = reader, preparer
+        self.since: float | None = None
+        """When the micro-batch at hand was begun."""
 
     def __getitem__(self, rows: BatchPlan) -> tuple[bytes | Failed, Tensor, int]:
+        self.since = time.monotonic()
+        try:
+            return self._make(rows)
+        finally:
+            self.since = None
+
+    def _make(self, rows: BatchPlan) -> tuple[bytes | Failed, Tensor, int]:
         try:
             numbers = np.unique(np.concatenate([rows.sample, rows.partners.ravel()]))
             wanted = [int(number) for number in numbers if number >= 0]
