@@ -81,7 +81,9 @@ class CLIP(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Symmetric contrast within the batch."""
-        term = in_batch(*self(batch), batch.extra["pair"], self.temperature(), batch.counts["pairs"], len(batch.keys))
+        seen_BE, said_BE = self(batch)
+        term = in_batch(seen_BE, said_BE, batch.extra["pair"], self.temperature(), batch.counts["pairs"],
+                        len(batch.keys))
         return loss({"contrast": term})
 
 
