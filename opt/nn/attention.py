@@ -93,6 +93,8 @@ def _attend_in_buckets(
     query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool
 ) -> Tensor:
     """Buckets differ from batch to batch, so compiled blocks step out of their graph here."""
+    if layout.key is None and len(layout.buckets) == 1 and len(layout.query) == len(layout.inverse):
+        return _attend_dense(query_ND, key_value_M2D, heads, layout.buckets[0], causal)  # all of one length, in order
     query_PD = _Gather.apply(query_ND, layout.query, layout.inverse)
     if layout.key is None:
         key_value_Q2D = _Gather.apply(key_value_M2D, layout.query, layout.inverse)
