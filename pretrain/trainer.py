@@ -198,7 +198,7 @@ class Trainer:
         self.waiting = False
         asked = self.stopped_by is not None  # then a reader may well have failed
         told = how_many(failed=failure is not None and not asked, stopping=asked)
-        if any(told.values()):
+        if any(told.values()) and self.step > 0:
             self.states.save(self.step, self._state)
             self.states.join()
             say(f"step {self.step:,} of {self.loop.steps:,} is saved")
@@ -207,7 +207,7 @@ class Trainer:
         if self.stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
         if told["stopping"]:
-            raise RunAgain(f"stopped as asked after step {self.step:,} of {self.loop.steps:,}, which is saved")
+            raise RunAgain(f"stopped as asked after step {self.step:,} of {self.loop.steps:,}")
         return batches, position
 
     def _measure(self, batch: Batch, meter: Meter) -> None:

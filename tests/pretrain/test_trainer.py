@@ -219,7 +219,7 @@ def test_waiting_for_data_does_not_keep_a_run_from_stopping(
     told = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
     told.start()
     began = time.monotonic()
-    with pytest.raises(RunAgain, match="which is saved"):
+    with pytest.raises(RunAgain, match="stopped as asked"):
         pretrain(config(shards, tmp_path, save_every=100, workers=workers))
     assert time.monotonic() - began < 30 and not multiprocessing.active_children()
     newest = newest_state(tmp_path / "checkpoints")
