@@ -6,6 +6,7 @@ The system releases a lock however the process that holds it ends.
 from __future__ import annotations
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +48,11 @@ def in_turn(folder: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed jobs left under temporary names. Only while nobody else writes."""
+    """Remove files and folders that killed jobs left under temporary names. Only while nobody else writes."""
     for forgotten in folder.glob(".*.tmp"):
-        if forgotten.is_file():
+        if forgotten.is_dir():
+            shutil.rmtree(forgotten, ignore_errors=True)
+        else:
             forgotten.unlink(missing_ok=True)
 
 

@@ -19,11 +19,11 @@ from opt.config import UserError, read_json
 from opt.data.shards import ShardReader
 from opt.distributed import rank
 from opt.files import mend_folder, write_atomic
-from opt.lock import alone
+from opt.lock import alone, remove_unfinished
 from opt.systems.system import System
 from pretrain.parallel import of_first
 from pretrain.start import Start
-from pretrain.state import newest_state, remove_unfinished
+from pretrain.state import newest_state
 
 FREE = {
     "shards", "validation", "start", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
@@ -41,7 +41,6 @@ def run_folder(out: Path) -> Iterator[None]:
     of_first(lambda: lock.__enter__())
     try:
         if rank() == 0:
-            remove_unfinished(out)
             remove_unfinished(out / "checkpoints")
             for name in ("model", "best"):
                 mend_folder(out / name)

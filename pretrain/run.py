@@ -35,6 +35,7 @@ from pretrain.trainer import Trainer
 
 ModelConfig = TypeVar("ModelConfig")
 
+
 @dataclass(frozen=True)
 class PretrainConfig(Generic[ModelConfig]):
     """What to train, on what, where to, and how."""

@@ -124,12 +124,6 @@ def load_state(path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the folders that a kill left half written. Only while nobody writes there."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _list_files(folder: Path) -> None:
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     write_atomic(folder / FILES, json.dumps(listed, indent=1).encode())

@@ -114,6 +114,7 @@ class Trainer:
         flight is done and saved.
         """
         make_folder(self.folder)
+        self.guard.forget_after(self.step)
         metrics, meter = MetricsFile(self.folder / "metrics.jsonl", self.step, tensorboard), Meter()
         loader = self.loader()
         with ExitStack() as stack:
@@ -296,7 +297,6 @@ class Trainer:
         self.step, self.position, self.guard.in_a_row = counters["step"], counters["position"], counters["skipped"]
         self.best = Best(counters["best_loss"], counters["best_step"], counters["since_best"])
         self.states.step = self.step
-        self.guard.forget_after(self.step)
 
     def _seed(self, micro_batch: int) -> int:
         """Of what is drawn in a micro-batch of the step at hand, on this process."""

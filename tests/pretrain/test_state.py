@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from opt.config import UserError
-from pretrain.state import FILES, States, lacking, load_state, newest_state, remove_unfinished
+from opt.lock import remove_unfinished
+from pretrain.state import FILES, States, lacking, load_state, newest_state
 
 
 def state(value: float) -> dict:

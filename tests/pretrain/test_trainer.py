@@ -262,6 +262,20 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_named(
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
+def test_a_dry_run_leaves_a_runs_folder_as_it_is(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what was named beyond the newest state, which a run at work has yet to save."""
+    with monkeypatch.context() as patched:
+        poisoned(patched, lambda step: step == 3)
+        pretrain(config(shards, tmp_path))
+    with (tmp_path / "skipped.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 99, "keys": []}) + "\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    pretrain(dataclasses.replace(config(shards, tmp_path), dry_run=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_too_many_in_a_row_end_the_run_and_what_was_learned_is_kept(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
