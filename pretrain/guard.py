@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opt.config import UserError
 from opt.distributed import rank, world
-from opt.files import write_atomic
+from pretrain.lines import keep_until
 from pretrain.parallel import say
 
 NAMED = 8
@@ -35,9 +35,8 @@ class Guard:
 
     def forget_after(self, step: int) -> None:
         """Drop what an earlier start named beyond a step that the run goes on from: it is done again."""
-        if rank() == 0 and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            write_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
+        if rank() == 0:
+            keep_until(self.path, step)
 
     def review(self) -> None:
         """Name what was skipped since the last review, in skipped.jsonl too. Waits for the device; every process must
@@ -68,14 +67,6 @@ class Guard:
         more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         say(f"step {step} was skipped: its loss or gradient is not finite, with {', '.join(keys[:NAMED])}{more} "
             "in the batch")
-
-
-def _step(line: str) -> float:
-    """The step that a line names; infinity for one that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _of_all_processes(keys: list[str]) -> list[str]:

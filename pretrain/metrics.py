@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from opt.data.batch import Batch
 from opt.distributed import rank, sum_over_ranks, world
-from opt.files import write_atomic
 from opt.objectives.term import Term
 from pretrain.estimate import Peak, Work
+from pretrain.lines import keep_until
 
 
 class Meter:
@@ -158,10 +157,8 @@ class MetricsFile:
         self.path, self.sink, self.seconds = path, sink, 0.0
         if rank() > 0:
             return
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
-        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-        self.seconds = max([json.loads(line).get("seconds") or 0.0 for line in kept], default=0.0)
+        kept = keep_until(path, step)
+        self.seconds = max([line.get("seconds", 0.0) for line in kept], default=0.0)
 
     def append(self, values: Mapping[str, Any]) -> str:
         """Write one line now, and say it in a few words."""
@@ -174,13 +171,3 @@ class MetricsFile:
             if self.sink is not None:
                 self.sink.append(values)
         return note(values)
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for one that a kill cut short or that is no line of ours."""
-    try:
-        values = json.loads(line)
-        ours = "validation" in values or math.isfinite(values["seconds"])
-        return int(values["step"]) if ours else float("inf")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return float("inf")
