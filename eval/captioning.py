@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.metrics import NORMALISER, normalise, word_f1
 from eval.naming import LabelFinder, read_labels
-from eval.result import Metric, measured
+from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
 from opt.config import UserError
 from opt.systems.system import Sampling
@@ -38,10 +38,10 @@ def caption(config: CaptionConfig) -> None:
     Example: opt eval caption runs/demo/model runs/demo/shards/test --labels runs/demo/scenes/test_scenes.jsonl
     """
     task = open_task("caption", "caption", config)
-    task.finish(*measure(task, config))
+    task.finish(measure(task, config))
 
 
-def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task, config: CaptionConfig) -> Findings:
     """Metrics, absent ones with reasons, and examples. Raises UserError without a picture or with foreign labels."""
     split = task.split
     numbers = split.one_a_picture(split.with_all(("image",)))
@@ -71,7 +71,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
         metrics.append(_word_overlap(task, told, written, references, config.sampling.for_text().protocol))
     else:
         absent["caption.word_f1"] = "the shards hold no caption beside a picture"
-    return metrics, absent, [
+    examples = [
         {
             "key": split.keys[number],
             "picture": task.keep_picture(int(number)),
@@ -81,6 +81,7 @@ def measure(task: Task, config: CaptionConfig) -> tuple[list[Metric], dict[str, 
         }
         for number in numbers[:EXAMPLES]
     ]  # fmt: skip
+    return Findings(metrics, absent, examples)
 
 
 def _objects(

@@ -20,7 +20,7 @@ import torch
 from eval.metrics import interval, mean_average_precision, resample_counts
 from eval.naming import read_labels
 from eval.raw_features import raw_features, vocabulary
-from eval.result import Metric
+from eval.result import Findings, Metric
 from eval.task import EvalConfig, Split, Task, open_split, open_task
 from opt.config import UserError
 from opt.systems.system import MODALITIES
@@ -126,10 +126,10 @@ def classify(config: ClassifyConfig) -> None:
     task = open_task("classify", "classify", config)
     train = open_split(config.train_shards, config.train_limit, task.system)
     labels = {key: names for path in config.labels for key, names in read_labels(path).items()}
-    task.finish(*measure(task, train, labels))
+    task.finish(measure(task, train, labels))
 
 
-def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tuple[list[Metric], dict[str, str]]:
+def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> Findings:
     """mAP of every subset and of raw features, the paired gains between them, and what is absent.
 
     The same samples serve all of them: those that have every modality the shards know. Raises UserError without labels.
@@ -153,7 +153,7 @@ def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> tupl
         for subset in SUBSETS
         if subset not in found
     }
-    return metrics + _gains(found, raw, about), absent
+    return Findings(metrics + _gains(found, raw, about), absent)
 
 
 def open_exam(train: Split, test: Split, labels: dict[str, frozenset[str]], seed: int) -> Exam:

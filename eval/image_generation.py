@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.naming import LabelFinder
-from eval.result import Metric, measured
+from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
 from feature_extract.extractors import load_extractors
 from opt.config import UserError
@@ -68,7 +68,7 @@ def text_to_image(config: TextToImageConfig) -> None:
     if not task.system.facts.codebook:
         raise UserError("the model was trained without image codes, so it cannot draw")
     decoder, detector = open_extractors(manifest, config.confidence)
-    task.finish(*measure(task, config, manifest.region_classes, decoder, detector))
+    task.finish(measure(task, config, manifest.region_classes, decoder, detector))
 
 
 def open_extractors(manifest: Manifest, confidence: float) -> tuple[Decoder, Detector]:
@@ -90,7 +90,7 @@ def open_extractors(manifest: Manifest, confidence: float) -> tuple[Decoder, Det
 
 def measure(
     task: Task, config: TextToImageConfig, classes: Sequence[str], decoder: Decoder, detector: Detector
-) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+) -> Findings:
     """Metrics, absent ones with reasons, and examples; PNG files go to the results. Needs captions: UserError."""
     split = task.split
     numbers = split.one_a_picture(split.with_all(("text",)))[: config.pictures]
@@ -118,7 +118,7 @@ def measure(
             absent[name] = "no picture of this kind" if len(asked) else "no caption names a class of the detector"
     examples = [_example(task, number, drawn, decoded) for number in numbers[:EXAMPLES].tolist()]
     write_sheet(task.folder / "text_to_image" / "sheet.png", task, numbers[:SHEET_ROWS].tolist(), pictures)
-    return metrics, absent, examples
+    return Findings(metrics, absent, examples)
 
 
 def _object_found(

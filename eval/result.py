@@ -2,7 +2,8 @@
 
 Metric      one figure: value, n, 95 % interval, chance level, direction, candidates, normaliser, re-rank k
 Provenance  what it was measured with: model and split by hash, code version, seed, command, tiny or random networks
-Result      the metrics of one task, what is absent and why, examples for the report -> <results>/<task>.json
+Findings    the metrics of one task, what is absent and why, examples for the report
+Result      findings with their provenance -> <results>/<task>.json
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,12 +24,12 @@ from eval.metrics import bootstrap
 from opt.config import UserError
 from opt.files import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure. Shares lie in [0, 1]; a word error rate may pass 1."""
+    """One figure. Shares lie in [0, 1]; an error rate may pass 1."""
 
     name: str
     """Dotted and stable: what `summary.json` calls it, such as retrieval.text_to_image.r1."""
@@ -40,7 +41,9 @@ class Metric:
     chance: float | None = None
     """The same figure of a method that looks at nothing; None where that means nothing."""
     chance_method: str = ""
-    better: str = "higher"
+    unit: Literal["share", "score"] = "share"
+    """share: a part of a whole, shown in per cent. score: a number on a scale of its own, such as FID."""
+    better: Literal["higher", "lower"] = "higher"
     modalities: tuple[str, ...] = ()
     """What the system was given."""
     direction: str = ""
@@ -48,8 +51,21 @@ class Metric:
     candidates: str = ""
     """What was searched, and how many of them."""
     rerank_k: int | None = None
+    protocol: str = ""
+    """Id of the way of measuring, as docs/evaluation.md explains it, such as recall/ties-shared or wer/corpus."""
     normaliser: str = ""
     note: str = ""
+
+    def shown(self, value: float | None) -> str:
+        """A value of this metric for people: a share in per cent, a score as a number, nothing as nothing."""
+        return percent(value) if self.unit == "share" or value is None else f"{value:.4g}"
+
+    @property
+    def shown_interval(self) -> str:
+        """The interval for people, such as 61.0 to 72.5."""
+        if self.unit == "share" or self.interval is None:
+            return percent_range(self.interval)
+        return f"{self.interval[0]:.4g} to {self.interval[1]:.4g}"
 
 
 @dataclass(frozen=True)
@@ -68,9 +84,22 @@ class Provenance:
     extractors: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Findings(NamedTuple):
+    """What an evaluation's `measure` returns. `absent` maps a metric that could not be measured to the reason.
+
+    Examples are for the report: what went in and what came out, by key; pictures are paths relative to the results
+    folder. `examples` are the first of the split, never chosen; `worst` those that failed worst, the worst one first.
+    """
+
+    metrics: Sequence[Metric]
+    absent: Mapping[str, str] = {}
+    examples: Sequence[Mapping[str, Any]] = ()
+    worst: Sequence[Mapping[str, Any]] = ()
+
+
 @dataclass(frozen=True)
 class Result:
-    """The metrics of one task. `absent` maps a metric that could not be measured to the reason."""
+    """The findings of one task with what they were measured with: the content of a file."""
 
     task: str
     metrics: tuple[Metric, ...]
@@ -78,7 +107,7 @@ class Result:
     seconds: float
     absent: Mapping[str, str] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
-    """For the report: what went in and what came out, by key; pictures are paths relative to the results folder."""
+    worst: Sequence[Mapping[str, Any]] = ()
 
 
 def measured(
@@ -126,7 +155,7 @@ def results_table(results: Sequence[Result]) -> str:
     """A plain table of all figures: value, interval, chance, n; absent ones with their reason."""
     rows = [("", "value", "95 % interval", "chance", "n")]
     rows += [
-        (metric.name, percent(metric.value), percent_range(metric.interval), percent(metric.chance), str(metric.n))
+        (metric.name, metric.shown(metric.value), metric.shown_interval, metric.shown(metric.chance), str(metric.n))
         for result in results
         for metric in result.metrics
     ]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.metrics import chance_recall, normalise, ranks
-from eval.result import Metric, measured
+from eval.result import Findings, Metric, measured
 from eval.task import EvalConfig, Split, Task, in_batches, open_task
 from opt.config import UserError
 from opt.data.record import Sample
@@ -85,10 +85,10 @@ def retrieval(config: RetrievalConfig) -> None:
     if config.rerank < 0:
         raise UserError(f"--rerank {config.rerank} must not be negative")
     task = open_task("retrieval", "retrieval", config)
-    task.finish(*measure(task, config))
+    task.finish(measure(task, config))
 
 
-def measure(task: Task, config: RetrievalConfig) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task, config: RetrievalConfig) -> Findings:
     """Metrics, absent ones with reasons, and example searches. Raises UserError when no direction can be measured."""
     metrics: list[Metric] = []
     absent: dict[str, str] = {}
@@ -116,7 +116,7 @@ def measure(task: Task, config: RetrievalConfig) -> tuple[list[Metric], dict[str
         metrics += _gains(task, config, searches["text_audio_to_image"], searches["text_to_image"])
     if not metrics:
         raise UserError("nothing to search: " + "; ".join(sorted(set(absent.values()))))
-    return metrics, absent, examples
+    return Findings(metrics, absent, examples)
 
 
 def members(split: Split, modalities: Sequence[str]) -> np.ndarray:

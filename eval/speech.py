@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import NORMALISER, normalise, word_errors
-from eval.result import Metric, measured
+from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
 from opt.config import UserError
 from opt.data.record import Sample
@@ -41,10 +41,10 @@ def transcribe(config: TranscribeConfig) -> None:
     Example: opt eval transcribe runs/demo/model runs/demo/shards/test
     """
     task = open_task("transcribe", "transcribe", config)
-    task.finish(*measure(task, config.sampling))
+    task.finish(measure(task, config.sampling))
 
 
-def measure(task: Task, sampling: Sampling = GREEDY) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task, sampling: Sampling = GREEDY) -> Findings:
     """Metrics, absent ones with reasons, and examples. Raises UserError when no recording has a transcript."""
     numbers = task.split.with_all(("text", "audio"))
     references = {number: normalise(task.split.captions[number] or "") for number in numbers}
@@ -71,7 +71,7 @@ def measure(task: Task, sampling: Sampling = GREEDY) -> tuple[list[Metric], dict
         absent[GAIN] = "the shards hold no picture with speech"
     _write_transcripts(task, spoken, hypotheses)
     shown = task.split.one_a_picture(spoken)[:EXAMPLES]
-    return metrics, absent, [_example(task, int(number), hypotheses) for number in shown]
+    return Findings(metrics, absent, [_example(task, int(number), hypotheses) for number in shown])
 
 
 def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray, sampling: Sampling) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
-from eval.result import Metric, Provenance, Result, code_version, command_line, results_table, write_result
+from eval.result import Findings, Provenance, Result, code_version, command_line, results_table, write_result
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample
@@ -145,12 +145,13 @@ class Task:
         write_atomic(path, jpeg)
         return str(path.relative_to(self.folder))
 
-    def finish(
-        self, metrics: Sequence[Metric], absent: Mapping[str, str] = {}, examples: Sequence[Mapping[str, Any]] = ()
-    ) -> Result:
+    def finish(self, findings: Findings) -> Result:
         """Write `<task>.json`, print its table and return the result."""
         seconds = round(time.monotonic() - self.began, 2)
-        result = Result(self.name, tuple(metrics), self.provenance, seconds, dict(absent), list(examples))
+        result = Result(
+            self.name, tuple(findings.metrics), self.provenance, seconds, dict(findings.absent),
+            list(findings.examples), list(findings.worst),
+        )  # fmt: skip
         path = write_result(result, self.folder)
         print(results_table([result]), f"\nwritten to {path}\n", sep="\n")
         return result

@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from eval.result import Metric, measured
+from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Split, Task, open_task
 from opt.config import UserError
 from opt.data.questions import NORMALISER, Questions, normalise
@@ -52,10 +51,10 @@ def vqa(config: VQAConfig) -> None:
     split = Split(reader, config.limit)
     provenance = dataclasses.replace(task.provenance, split_sha256=reader.fingerprint, samples=len(split))
     task = dataclasses.replace(task, split=split, provenance=provenance)
-    task.finish(*measure(task))
+    task.finish(measure(task))
 
 
-def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, Any]]]:
+def measure(task: Task) -> Findings:
     """Metrics, absent ones with reasons, and examples; writes every answer to `answers.jsonl`."""
     numbers = np.arange(len(task.split))
     answers = task.batches(numbers, task.system.answer, "answer questions")
@@ -75,7 +74,7 @@ def measure(task: Task) -> tuple[list[Metric], dict[str, str], list[dict[str, An
             absent[_name(name)] = "the file holds no such question with an answer"
     examples = [{**lines[number], "picture": task.keep_picture(number), "key": asked[number].key}
                 for number in range(min(EXAMPLES, len(lines)))]
-    return metrics, absent, examples
+    return Findings(metrics, absent, examples)
 
 
 def accuracy(answer: str, annotators: Sequence[str]) -> float:

@@ -40,7 +40,7 @@ def hears_badly(task):
 
 def test_what_the_picture_spares_is_paired_by_recording_and_resampled_by_picture(make_task):
     task = hears_badly(make_task((30, 2)))
-    metrics, absent, _ = speech.measure(task)
+    metrics, absent, *_ = speech.measure(task)
     gain = by_name(metrics)["transcribe.wer_gain.image"]
     references = [normalise(sample.caption) for sample in task.split.reader.samples]
     words = np.array([len(text.split()) for text in references])
@@ -118,7 +118,7 @@ def make_exam(make_task, labels=("red", "blue", "green")):
 
 def test_raw_features_are_probed_on_the_same_samples(make_task):
     task, train, truth = make_exam(make_task)
-    metrics, absent = classification.measure(task, train, truth)
+    metrics, absent, *_ = classification.measure(task, train, truth)
     found = by_name(metrics)
     assert not absent and found["classify.baseline.regions_mean"].value > 0.99
     assert found["classify.baseline.bag_of_words"].value == pytest.approx(1.0)
@@ -175,7 +175,7 @@ def test_raw_features_of_what_is_missing_are_absent():
 def test_the_page_shows_gains_as_differences_and_baselines_beside_the_model(make_task, tmp_path):
     task, train, truth = make_exam(make_task)
     folder = tmp_path / "run" / "results"
-    classified, absent = classification.measure(task, train, truth)
+    classified, absent, *_ = classification.measure(task, train, truth)
     write_result(Result("classify", tuple(classified), PROVENANCE, 1.0, absent), folder)
     spoken = hears_badly(make_task((6, 1)))
     write_result(Result("transcribe", tuple(speech.measure(spoken)[0]), PROVENANCE, 1.0), folder)

@@ -20,7 +20,7 @@ def values(metrics):
 
 
 def test_a_perfect_system_finds_everything_in_every_direction(make_task):
-    metrics, absent, examples = measure(make_task((12, 1)), config(rerank=3))
+    metrics, absent, examples, _ = measure(make_task((12, 1)), config(rerank=3))
     assert not absent and len(metrics) == 3 * (len(DIRECTIONS) + 2 + 1)
     assert {value for name, value in values(metrics).items() if ".gain." not in name} == {1.0}
     assert examples[0]["found"][0]["right"] and examples[0]["rank"] == 1.0
@@ -78,7 +78,7 @@ def test_coinciding_captions_are_ties_and_are_counted(make_task):
 
 def test_missing_modalities_are_absent_with_a_reason(make_task):
     samples = [dataclasses.replace(sample, speech=None) for sample in make_task((4, 1)).split.reader.samples]
-    metrics, absent, _ = measure(make_task(samples), config())
+    metrics, absent, *_ = measure(make_task(samples), config())
     assert {metric.name.split(".")[1] for metric in metrics} == {"text_to_image", "image_to_text"}
     assert absent["retrieval.text_to_audio"] == "the shards hold no text with audio"
     alone = [dataclasses.replace(sample, pictures=()) for sample in samples]
@@ -100,7 +100,7 @@ def test_an_empty_split_is_a_sentence(make_task):
 
 def test_the_file_holds_the_whole_protocol(make_task, capsys):
     task = make_task((6, 2))
-    result = task.finish(*measure(task, config(rerank=3)))
+    result = task.finish(measure(task, config(rerank=3)))
     assert read_result(task.folder / "fake.json") == result
     assert "retrieval.text_to_image.r1_reranked" in capsys.readouterr().out
     assert np.isclose(result.metrics[0].chance, 1 / 6) and result.metrics[3].rerank_k == 3

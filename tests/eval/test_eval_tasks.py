@@ -24,7 +24,7 @@ def by_name(metrics):
 
 def test_transcripts_are_scored_as_jiwer_does(make_task):
     task = make_task((8, 2))
-    metrics, absent, examples = speech.measure(task)
+    metrics, absent, examples, _ = speech.measure(task)
     found = by_name(metrics)
     references = [sample.caption for sample in task.split.reader.samples]
     hypotheses = [f"caption number {text.split()[-1]}" for text in references]
@@ -55,7 +55,7 @@ def test_transcription_without_speech_is_a_sentence(make_task):
 
 def test_transcription_without_pictures_leaves_the_second_figure_out(make_task):
     samples = [dataclasses.replace(sample, pictures=()) for sample in make_task((3, 1)).split.reader.samples]
-    metrics, absent, _ = speech.measure(make_task(samples))
+    metrics, absent, *_ = speech.measure(make_task(samples))
     assert list(by_name(metrics)) == ["transcribe.wer"]
     assert set(absent) == {"transcribe.wer_image_audio", "transcribe.wer_gain.image"}
 
@@ -73,7 +73,7 @@ def test_captions_are_judged_by_the_objects_they_name(make_task, tmp_path):
         f"a big {'green' if sample.key == 'scene-0' else colors[int(sample.key[6:]) % 4]} dotted circle"
         for sample in samples
     ]
-    metrics, absent, examples = captioning.measure(task, captioning.CaptionConfig(*HERE, labels=labels))
+    metrics, absent, examples, _ = captioning.measure(task, captioning.CaptionConfig(*HERE, labels=labels))
     found = by_name(metrics)
     assert found["caption.object_hit"].value == found["caption.object_precision"].value == 7 / 8
     assert found["caption.object_hit"].n == 8 and found["caption.object_hit"].chance < 0.6 and not absent
@@ -81,7 +81,7 @@ def test_captions_are_judged_by_the_objects_they_name(make_task, tmp_path):
 
 
 def test_captions_without_labels_still_have_a_figure(make_task, tmp_path):
-    metrics, absent, _ = captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE))
+    metrics, absent, *_ = captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE))
     assert [metric.name for metric in metrics] == ["caption.word_f1"]
     assert metrics[0].value == pytest.approx(2 * 2 / 8) and metrics[0].chance < metrics[0].value
     assert set(absent) == set(captioning.OBJECT_METRICS)
@@ -110,7 +110,7 @@ def test_generated_pictures_are_looked_at_by_the_detector(make_task):
     task = make_task((6, 2))
     config = image_generation.TextToImageConfig(*HERE)
     classes = [f"number {number}" for number in range(6)]
-    metrics, absent, examples = image_generation.measure(task, config, classes, decode, detect)
+    metrics, absent, examples, _ = image_generation.measure(task, config, classes, decode, detect)
     found = by_name(metrics)
     assert found["text_to_image.object_found"].value == found["text_to_image.object_found_true_codes"].value == 1.0
     assert found["text_to_image.object_found"].n == 6 and found["text_to_image.object_found"].chance == 0.0
@@ -122,7 +122,7 @@ def test_generated_pictures_are_looked_at_by_the_detector(make_task):
 @pytest.mark.parametrize(("classes", "reason"), [((), "have no names"), (("dog",), "no caption names a class")])
 def test_pictures_without_named_classes_have_no_figure_but_a_reason(make_task, classes, reason):
     config = image_generation.TextToImageConfig(*HERE)
-    metrics, absent, examples = image_generation.measure(make_task((3, 1)), config, classes, decode, detect)
+    metrics, absent, examples, _ = image_generation.measure(make_task((3, 1)), config, classes, decode, detect)
     assert not metrics and reason in absent["text_to_image.object_found"] and len(examples) == 3
 
 
@@ -146,7 +146,7 @@ def test_the_probe_tells_blurred_modalities_from_clear_ones(make_task):
         for number, sample in enumerate(samples)
     ]  # fmt: skip
     task, train = make_task(recoloured[40:], blurred=("audio",)), make_task(recoloured[:40]).split
-    metrics, absent = classification.measure(task, train, labels)
+    metrics, absent, *_ = classification.measure(task, train, labels)
     found = by_name(metrics)
     assert len([name for name in found if name.startswith("classify.map.")]) == 7
     raw = {f"classify.baseline.{name}" for name in ("regions_mean", "regions_frames_mean", "all_raw")}
@@ -173,7 +173,7 @@ def test_probe_options_are_asked_for():
 def test_a_result_is_read_back_and_a_broken_one_is_a_sentence(make_task, tmp_path):
     metric = measured("a.b", np.array([1.0, 0.0]), 0, modalities=("text",))
     assert isinstance(metric, Metric) and metric.value == 0.5
-    result = Result("a", (metric,), make_task((1, 1)).provenance, 1.0, {"a.c": "no data"}, [{"key": "k"}])
+    result = Result("a", (metric,), make_task((1, 1)).provenance, 1.0, {"a.c": "no data"}, [{"key": "k"}], [])
     path = write_result(result, tmp_path)
     assert read_result(path) == result
     path.write_text("{}")

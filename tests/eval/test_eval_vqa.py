@@ -40,7 +40,7 @@ def test_figures_stand_beside_the_most_frequent_answer(make_task) -> None:
                in enumerate(zip(make_task((8, 1)).split.reader.samples, answers, strict=True))]
     task = make_task(samples)
     task.system.answer = lambda asked: ["yes" if sample.caption < "question 3" else "red" for sample in asked]
-    metrics, absent, examples = measure(task)
+    metrics, absent, examples, _ = measure(task)
     found = {metric.name: metric for metric in metrics}
     assert found["vqa.accuracy"].value == pytest.approx(5 / 7) and found["vqa.accuracy"].n == 7
     assert found["vqa.accuracy"].chance == pytest.approx(3 / 7) and "'red'" in found["vqa.accuracy"].chance_method
