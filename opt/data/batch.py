@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -105,7 +105,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`. Tensors that share a storage, as a loader's do, move as one."""
-        return _apply(self, _Mover(torch.device(device)))
+        return moved(self, device)
+
+
+Value = TypeVar("Value")
+
+
+def moved(value: Value, device: torch.device | str) -> Value:
+    """The same dataclass with every tensor in it on `device`."""
+    return _apply(value, _Mover(torch.device(device)))
 
 
 class _Mover:

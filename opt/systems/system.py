@@ -2,7 +2,7 @@
 
     preparer   a small picklable object without weights: samples and row plans -> Batch, in loader workers
     forward    Batch -> Output(terms, carry); reads like the paper's figure
-    abilities  embed, score, features, generate_text, generate_codes, answer: a missing one is a clear error
+    abilities  embed, alone and fuse, features, generate_text, generate_codes, answer: a missing one is a clear error
 
 A system `name` lives in `opt/systems/name.py`; `load("opt.tiny")` calls its function `tiny()`. There is no registry.
 """
@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -28,6 +28,7 @@ from opt.data.manifest import Manifest
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
+from opt.nn.states import States
 from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
 
@@ -203,9 +204,19 @@ class System(nn.Module):
         """Unit vectors (B, E) float32 in the space all modalities share; several modalities make one query."""
         raise self._cannot("embed")
 
+    def alone(self, samples: Sequence[Sample], modality: str) -> States:
+        """What one modality of each sample is before others join it: kept by whoever pairs it many times."""
+        raise self._cannot("match")
+
+    def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
+        """Log-odds (P,) float32 that samples rows[modality][p] of parts[modality] belong together, over all modalities
+        named. Each costs one fusion pass."""
+        raise self._cannot("match")
+
     def score(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
         """Log-odds (B,) float32 that the named parts of each sample belong together."""
-        raise self._cannot("score")
+        own = np.arange(len(samples))
+        return self.fuse({name: self.alone(samples, name) for name in modalities}, dict.fromkeys(modalities, own))
 
     def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
         """Pooled hidden states (B, D) float32, for a linear probe."""

@@ -10,6 +10,7 @@ from fixtures import FACTS, WORDS, fake_sample, tokenizer
 from opt.checkpoint import from_pretrained, save_pretrained
 from opt.config import UserError
 from opt.data.plan import BatchPlan
+from opt.objectives.matching import ALL_MATCH
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, OPTConfig, Shares, tiny
 from opt.systems.opt.tasks import TASKS
@@ -278,3 +279,14 @@ def test_systems_and_presets_are_found_by_name() -> None:
         load("opt.giant")
     with pytest.raises(UserError, match="there are"):
         load("unheard.of")
+
+
+@pytest.mark.parametrize("modalities", [("text", "image"), ("image", "audio"), ("text", "image", "audio")])
+def test_fusing_kept_states_scores_pairs_as_encoding_them_whole_does(modalities: tuple[str, ...]) -> None:
+    system, samples = model().eval(), [fake_sample(number) for number in range(4)]
+    parts = {name: system.alone(samples, name) for name in modalities}
+    rows = {name: np.array([2, 3, 0, 0, 0]) for name in modalities} | {modalities[0]: np.array([0, 3, 1, 2, 0])}
+    mixed = [compose(**{name: samples[rows[name][pair]] for name in modalities}) for pair in range(5)]
+    first_SD = system._encode_samples(mixed, modalities)[2]
+    whole = system.match_head(system.pooler(first_SD)).float()[:, ALL_MATCH]
+    torch.testing.assert_close(system.fuse(parts, rows), whole, rtol=1e-5, atol=1e-5)

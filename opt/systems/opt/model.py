@@ -6,18 +6,20 @@ B samples, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opt.data.batch import Batch
+from opt.data.batch import Batch, TextTable
 from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
 from opt.nn.decoder import Decoder
 from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
 from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
+from opt.nn.states import States, side_by_side
 from opt.objectives.contrastive import in_batch
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
 from opt.objectives.matching import ALL_MATCH, five_way, margin_ranking, soft_classes
@@ -27,7 +29,7 @@ from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
 from opt.systems.opt.rows import Rows
 from opt.systems.opt.writing import write
-from opt.systems.system import DataFacts, Output, Progress, Sampling, System
+from opt.systems.system import MODALITIES, DataFacts, Output, Progress, Sampling, System
 
 CODES = CODE_GRID[0] * CODE_GRID[1]
 
@@ -89,9 +91,12 @@ class OPT(System):
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-modal states M of every token (N, D) (Eq. 1), and those of each sequence's [CLS] (S, D)."""
         view = batch.views["encoder"]
-        entries = torch.cat([self.text(batch.text), self.regions(batch.regions), self.frames(batch.frames)])
-        hidden_ND = self.encoder(nn.functional.embedding(view.gather, entries), view.layout)
+        hidden_ND = self.encoder(nn.functional.embedding(view.gather, self._entries(batch)), view.layout)
         return hidden_ND, hidden_ND[view.first]
+
+    def _entries(self, batch: Batch) -> Tensor:
+        """Every word, region and frame of the batch's tables, embedded."""
+        return torch.cat([self.text(batch.text), self.regions(batch.regions), self.frames(batch.frames)])
 
     def _masked_words(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
         """MLM (Eq. 2)."""
@@ -192,10 +197,35 @@ class OPT(System):
         return nn.functional.normalize(torch.stack(vectors).sum(0), dim=-1)
 
     @torch.inference_mode()
-    def score(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+    def alone(self, samples: Sequence[Sample], modality: str) -> States:
+        """Embedded words, regions or frames. The encoder mixes modalities from its first layer on, so that this is all
+        that pairs can share."""
+        batch = self.preparer().inputs(samples, [modality]).to(self.device)
+        view = batch.views["encoder"]
+        hidden_ND, lengths = self._entries(batch)[view.gather], _lengths(batch, len(view.gather)).cpu().numpy()
+        if modality != "text":  # [CLS] stands before whole sequences only: see `fuse`
+            kept_N = torch.ones(len(hidden_ND), dtype=torch.bool, device=self.device)
+            kept_N[view.first] = False
+            hidden_ND, lengths = hidden_ND[kept_N], lengths - 1
+        return States(hidden_ND, lengths)
+
+    @torch.inference_mode()
+    def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
         """The matching head's logit for "all match"."""
-        first_SD = self._encode_samples(samples, modalities)[2]
-        return self.match_head(self.pooler(first_SD)).float()[:, ALL_MATCH]
+        return self._matched({name: parts[name].take(rows[name]) for name in parts})[:, ALL_MATCH].float()
+
+    def _matched(self, parts: Mapping[str, States]) -> Tensor:
+        """Five logits (P, 5) for each sample of all parts, side by side through the encoder."""
+        ordered = [parts[name] for name in MODALITIES if name in parts]
+        if "text" not in parts:
+            ordered = [self._lone_cls(len(ordered[0])), *ordered]
+        entries_ND, view = side_by_side(ordered)
+        return self.match_head(self.pooler(self.encoder(entries_ND, view.layout)[view.first]))
+
+    def _lone_cls(self, count: int) -> States:
+        """[CLS] alone, `count` times."""
+        cls = torch.tensor([self.tokenizer.cls], device=self.device)
+        return States(self.text(TextTable(cls, torch.zeros_like(cls))).expand(count, -1), np.ones(count, np.int64))
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
