@@ -1,4 +1,4 @@
-"""Scores that can be quoted: recall with honest ties, word error rate, average precision, and bootstrap intervals.
+"""Scores that can be quoted: word error rate, average precision, and bootstrap intervals.
 
 All numpy, no model and no file. Shape legend: Q queries, C candidates or classes, N samples, S bootstrap resamples.
 """
@@ -22,31 +22,6 @@ def normalise(text: str) -> str:
     spaced = re.sub(r"[-‐‑‒–—/]", " ", text.lower())
     kept = "".join(letter for letter in spaced if unicodedata.category(letter)[0] not in "PS")
     return " ".join(kept.split())
-
-
-# ---- retrieval ------------------------------------------------------------------------------------------------------
-
-
-def ranks(scores_QC: np.ndarray, positive_QC: np.ndarray) -> np.ndarray:
-    """Rank of each query's best positive, float (Q,), from 1; infinite where a query has no positive.
-
-    1 + number of negatives above it + how many of its equals a fair draw puts before it, in expectation: with m equal
-    negatives and p equal positives m / (p + 1), so one positive among m equals stands at 1 + m / 2. No sort decides.
-    """
-    best_Q = np.max(np.where(positive_QC, scores_QC, -np.inf), axis=1, keepdims=True)
-    above_Q = (~positive_QC & (scores_QC > best_Q)).sum(1)
-    equal_Q = (~positive_QC & (scores_QC == best_Q)).sum(1)
-    equal_positives_Q = (positive_QC & (scores_QC == best_Q)).sum(1)
-    rank_Q = 1.0 + above_Q + equal_Q / (equal_positives_Q + 1.0)
-    return np.where(positive_QC.any(1), rank_Q, np.inf)
-
-
-def chance_recall(positives_Q: np.ndarray, candidates: int, k: int) -> float:
-    """Mean probability that a random order of `candidates` puts one of a query's positives among the first k."""
-    misses_Q = np.ones(len(positives_Q))
-    for drawn in range(min(k, candidates)):
-        misses_Q *= np.maximum(candidates - positives_Q - drawn, 0) / (candidates - drawn)
-    return float(1 - misses_Q.mean())
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -152,9 +127,17 @@ def resample_counts(groups: np.ndarray, seed: int, resamples: int = RESAMPLES) -
 def bootstrap(
     values: np.ndarray, seed: int, sizes: np.ndarray | None = None, groups: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """95 % percentile interval of sum(values) / sum(sizes); without `sizes` this is the mean.
+    """95 % percentile interval of sum(values) / sum(sizes); see `resampled`."""
+    return interval(resampled(values, seed, sizes, groups))
 
-    `groups` (N,) int names what is drawn together: narrations of one picture are not independent.
+
+def resampled(
+    values: np.ndarray, seed: int, sizes: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """sum(values) / sum(sizes) in every bootstrap resample, (S,); without `sizes` this is the mean.
+
+    `groups` (N,) int names what is drawn together: narrations of one picture are not independent. The same groups and
+    seed are drawn alike for other values too, so that their draws are paired.
     """
     sizes = np.ones(len(values)) if sizes is None else sizes
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -166,7 +149,7 @@ def bootstrap(
         drawn = random.multinomial(count, np.full(count, 1 / count), size=piece).astype(np.float64)
         ratios[done : done + piece] = (drawn @ over) / np.maximum(drawn @ under, 1e-300)
         done += piece
-    return interval(ratios)
+    return ratios
 
 
 def interval(draws: np.ndarray, value: float | None = None) -> tuple[float, float]:
