@@ -9,7 +9,7 @@ from typing import Any
 from feature_extract.extractors import Extractors
 from feature_extract.runners.supervise import Tally
 from opt.config import UserError
-from opt.data.manifest import Manifest, read_receipt, write_manifest
+from opt.data.manifest import Manifest, Origin, read_receipt, write_manifest
 from opt.files import open_atomic
 from opt.lock import remove_unfinished
 from opt.progress import counted
@@ -17,7 +17,9 @@ from opt.progress import counted
 FAILURES = "failures.jsonl"
 
 
-def commit(out: Path, names: list[str], extractors: Extractors, descriptions: dict[str, Any]) -> Manifest:
+def commit(
+    out: Path, names: list[str], extractors: Extractors, descriptions: dict[str, Any], origin: Origin
+) -> Manifest:
     """failures.jsonl from the receipts, then the manifest. Raises UserError when nothing could be used."""
     receipts = [receipt for name in names if (receipt := read_receipt(out, name)) is not None]
     with open_atomic(out / FAILURES, "w") as file:
@@ -33,7 +35,7 @@ def commit(out: Path, names: list[str], extractors: Extractors, descriptions: di
     return write_manifest(
         out, names, descriptions, regions.classes if regions is not None else (),
         codes.codebook if codes is not None else 0, regions.attributes if regions is not None else (),
-        audio.codebooks if audio is not None else (),
+        audio.codebooks if audio is not None else (), (origin,),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from feature_extract.commit import commit, summary
 from feature_extract.extractors import Extractors, open_extractors
 from feature_extract.options import ExtractConfig, check, module_name, resolved_device
+from feature_extract.origin import origin_of
 from feature_extract.plan import open_plan
 from feature_extract.profiles import forecast, weigh
 from feature_extract.runners.here import run_here
@@ -69,7 +70,8 @@ def extract(config: ExtractConfig) -> None:
                 print(f"{config.out}: the share of rank {mine.rank} (of {mine.world}) is done; {len(left)} of "
                       f"{counted(len(job.work), 'shard')} are with the others, whose last one writes the manifest")
                 return
-            manifest = commit(config.out, [item.name for item in job.work], extractors, descriptions)
+            origin = origin_of(module_name(config.name), config.source)
+            manifest = commit(config.out, [item.name for item in job.work], extractors, descriptions, origin)
     print(summary(config.out, manifest, job.done))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opt.data.manifest import shard_name, write_manifest
+from opt.data.manifest import UNKNOWN, Origin, shard_name, write_manifest
 from opt.data.record import Narration, Picture, Record
 from opt.data.shards import ShardReader, ShardWriter
 
@@ -62,7 +62,8 @@ def encoded(image: Image.Image, quality: int = 90) -> bytes:
 
 
 def write_folder(
-    folder: Path, shards: list[list[Record]], int8: bool = False, extractors: dict | None = None
+    folder: Path, shards: list[list[Record]], int8: bool = False, extractors: dict | None = None,
+    origins: tuple[Origin, ...] = (UNKNOWN,),
 ) -> ShardReader:
     """The records as a complete folder, a list of them a shard."""
     for number, records in enumerate(shards):
@@ -71,7 +72,7 @@ def write_folder(
                 shard.write(record)
     made_by = extractors if extractors is not None else {"regions": {"weights": "made up"}}
     names = [shard_name(number) for number in range(len(shards))]
-    write_manifest(folder, names, made_by, CLASSES, CODEBOOK, ATTRIBUTES, SPEECH_CODEBOOKS)
+    write_manifest(folder, names, made_by, CLASSES, CODEBOOK, ATTRIBUTES, SPEECH_CODEBOOKS, origins)
     return ShardReader(folder)
 
 

@@ -137,4 +137,6 @@ def _joined(manifests: Sequence[Manifest]) -> Manifest:
         records=sum(manifest.records for manifest in manifests),
         samples=sum(manifest.samples for manifest in manifests),
         totals={name: sum(manifest.totals[name] for manifest in manifests) for name in LENGTHS},
+        origins=tuple(dict.fromkeys(origin for manifest in manifests for origin in manifest.origins)),
+        split=None,
     )

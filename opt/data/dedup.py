@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from opt.config import UserError
 from opt.data.claim import check_claim, claim
-from opt.data.derive import Part, copy_parts
+from opt.data.derive import Part, Piece, copy_parts
 from opt.data.manifest import Receipt
 from opt.data.near_copies import HASHES, find_copies, picture_hash
 from opt.data.shards import ShardReader
@@ -70,16 +70,17 @@ def dedup(config: DedupConfig) -> None:
         check_claim(config.out, settings)
         _hash_all(config, [reader, *tests])
         find = TestPictures(config.out, tests, config.distance)
-        parts = [Part(receipt.name, reader.folder, receipt, find.copies(receipt)) for receipt in reader.manifest.shards]
+        pieces = [Piece(reader.folder, receipt, find.copies(receipt)) for receipt in reader.manifest.shards]
         if not config.dry_run:
             claim(config.out, settings)
+            parts = [Part(piece.receipt.name, [piece]) for piece in pieces]
             copy_parts(config.out, parts, reader.manifest, "dedup")
     if config.dry_run:
-        for part in parts:
-            with StoredShard(part.folder, part.receipt) as shard:
-                for place, reason in part.dropped.items():
+        for piece in pieces:
+            with StoredShard(piece.folder, piece.receipt) as shard:
+                for place, reason in piece.dropped.items():
                     print(f"{shard.keys[place]}: {reason}")
-    print(_summary(config, reader, parts))
+    print(_summary(config, reader, pieces))
 
 
 class TestPictures:
@@ -177,8 +178,8 @@ def _hashes_path(out: Path, receipt: Receipt) -> Path:
     return out / FOLDER_OF_HASHES / f"{receipt.sha256[:32]}.npy"
 
 
-def _summary(config: DedupConfig, reader: ShardReader, parts: Sequence[Part]) -> str:
-    counts = Counter(reason.partition(" (")[0] for part in parts for reason in part.dropped.values())
+def _summary(config: DedupConfig, reader: ShardReader, pieces: Sequence[Piece]) -> str:
+    counts = Counter(reason.partition(" (")[0] for piece in pieces for reason in piece.dropped.values())
     verb = "would drop" if config.dry_run else "dropped"
     left = reader.manifest.records - counts.total()
     listed = "".join(f"\n  {count:>8,}  {reason.removeprefix('dropped: ')}" for reason, count in counts.items())

@@ -2,8 +2,8 @@
 
     Part, one a shard to be --copy_parts--> shards and receipts --> manifest.json, last
 
-What `opt shards merge` and `opt shards dedup` share. The same command again goes on where it stopped: a part with a
-receipt is done. Nothing is decoded, so memory stays flat and features stay as they are.
+What `opt shards merge`, `opt shards dedup` and `opt shards split` share. The same command again goes on where it
+stopped: a part with a receipt is done. Nothing is decoded, so memory stays flat and features stay as they are.
 """
 
 from __future__ import annotations
@@ -19,29 +19,52 @@ from opt.progress import progress
 
 
 @dataclass(frozen=True)
-class Part:
-    """One shard to be: `name`, of the records of a complete shard less `dropped` (place in that shard -> reason)."""
+class Piece:
+    """Records of a complete shard: all of them less `dropped` (place in that shard -> reason), or those at `places`.
 
-    name: str
+    What is dropped, and the failures the shard had, become failures; what `places` leaves out lies in another part.
+    """
+
     folder: Path
     receipt: Receipt
     dropped: Mapping[int, str] = field(default_factory=dict)
+    places: Sequence[int] | None = None
+
+    @property
+    def records(self) -> int:
+        """Records that are looked at: kept, or dropped."""
+        return self.receipt.records if self.places is None else len(self.places)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard to be: `name`, and what it is made of."""
+
+    name: str
+    pieces: Sequence[Piece]
+
+    @property
+    def records(self) -> int:
+        """Those of its pieces."""
+        return sum(piece.records for piece in self.pieces)
 
 
 def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> Manifest:
-    """Make every part that has no receipt yet, then the manifest, with the extractors and names of `like`.
+    """Make every part that has no receipt yet, then the manifest, with all that `like` says of its folder as a whole.
 
     Raises UserError where a record's bytes are damaged.
     """
     todo = [part for part in parts if read_receipt(out, part.name) is None]
     if todo:
         (out / MANIFEST).unlink(missing_ok=True)
-    total = sum(part.receipt.records for part in parts)
-    done = total - sum(part.receipt.records for part in todo)
+    total = sum(part.records for part in parts)
+    done = total - sum(part.records for part in todo)
     with progress(label, total=total, done=done, unit="records") as bar:
         for part in todo:
-            _copy(out, part)
-            bar.advance(part.receipt.records)
+            with ShardWriter(out, part.name, like.storage == "int8") as writer:
+                for piece in part.pieces:
+                    _copy(piece, writer)
+            bar.advance(part.records)
     return write_manifest(
         out,
         [part.name for part in parts],
@@ -50,17 +73,19 @@ def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> 
         like.codebook,
         like.region_attributes,
         like.speech_codebooks,
+        like.origins,
+        like.split,
     )
 
 
-def _copy(out: Path, part: Part) -> None:
-    """One shard: the failures it had, its records in their order, a failure for each that is left out."""
-    int8 = part.receipt.storage == "int8"
-    with StoredShard(part.folder, part.receipt) as shard, ShardWriter(out, part.name, int8) as writer:
-        for failure in part.receipt.failures:
-            writer.fail(failure.key, failure.reason)
-        for place in range(len(shard.firsts)):
-            if place in part.dropped:
-                writer.fail(shard.metadata(shard.rows(place)[0])["key"], part.dropped[place])
+def _copy(piece: Piece, writer: ShardWriter) -> None:
+    """The failures the shard had, its records in their order, a failure for each that is left out."""
+    with StoredShard(piece.folder, piece.receipt) as shard:
+        if piece.places is None:
+            for failure in piece.receipt.failures:
+                writer.fail(failure.key, failure.reason)
+        for place in range(len(shard.firsts)) if piece.places is None else piece.places:
+            if place in piece.dropped:
+                writer.fail(shard.metadata(shard.rows(place)[0])["key"], piece.dropped[place])
             else:
                 writer.copy(shard, place)

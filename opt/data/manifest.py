@@ -60,13 +60,34 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A corpus that records come from, and which split of it, by the names that results call them."""
+
+    name: str
+    split: str
+
+
+UNKNOWN = Origin("unknown", "")
+"""Of records whose extraction did not note where they come from."""
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """Which part of a frozen split the records are, or were before some were left out: see opt/data/split.py."""
+
+    name: str
+    part: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A complete folder. `extractors` says what made it: names, weight hashes, settings.
 
     `region_classes` and `region_attributes` name the detector's classes and attributes in order, `codebook` counts the
     image codes that exist, `speech_codebooks` the entries of each codebook of the speech quantiser.
     Widths are 0 where no record has such features; `frame_rate` is the highest, since a long recording may be pooled
-    more coarsely.
+    more coarsely. `origins` names the corpora that the records come from, `split` the frozen split they are a part of.
     """
 
     extractors: dict[str, Any]
@@ -82,6 +103,8 @@ class Manifest:
     storage: Storage = "float16"
     region_attributes: tuple[str, ...] = ()
     speech_codebooks: tuple[int, ...] = ()
+    origins: tuple[Origin, ...] = (UNKNOWN,)
+    split: FrozenPart | None = None
     schema: int = SCHEMA
 
     @property
@@ -133,6 +156,8 @@ def write_manifest(
     codebook: int,
     region_attributes: Sequence[str] = (),
     speech_codebooks: Sequence[int] = (),
+    origins: Sequence[Origin] = (UNKNOWN,),
+    split: FrozenPart | None = None,
 ) -> Manifest:
     """Declare the folder complete. `shards` names all its shards in order; extractors as JSON-ready values.
 
@@ -158,6 +183,8 @@ def write_manifest(
         storage=_agree(folder, receipts, "storage") or "float16",
         region_attributes=tuple(region_attributes),
         speech_codebooks=tuple(speech_codebooks),
+        origins=tuple(origins),
+        split=split,
     )
     write_atomic(folder / MANIFEST, _sealed(to_dict(manifest)))
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from tyro.conf import Positional
 from opt.config import UserError
 from opt.data.claim import claim
 from opt.data.corpora import require_same
-from opt.data.derive import Part, copy_parts
-from opt.data.manifest import shard_name
+from opt.data.derive import Part, Piece, copy_parts
+from opt.data.manifest import Manifest, shard_name
 from opt.data.shards import ShardReader
 from opt.lock import alone
 
@@ -42,14 +43,15 @@ def merge(config: MergeConfig) -> None:
     require_same(readers, whole=True)
     repeated = _repeated(readers)
     parts: list[Part] = []
+    left_out = 0
     for reader in readers:
         for receipt in reader.manifest.shards:
             dropped = {place: f"{REPEATED} (the first is in {other})" for place, other in next(repeated).items()}
-            parts.append(Part(shard_name(len(parts)), reader.folder, receipt, dropped))
+            parts.append(Part(shard_name(len(parts)), [Piece(reader.folder, receipt, dropped)]))
+            left_out += len(dropped)
     with alone(config.out):
         claim(config.out, {"source": "opt shards merge", "folders": [reader.fingerprint for reader in readers]})
-        manifest = copy_parts(config.out, parts, readers[0].manifest, "merge")
-    left_out = sum(len(part.dropped) for part in parts)
+        manifest = copy_parts(config.out, parts, _manifest(readers), "merge")
     print(
         f"{config.out}: {manifest.records:,} records, {manifest.samples:,} samples in {len(manifest.shards)} shards "
         f"from {len(readers)} folders; {left_out:,} left out, their keys being repeated"
@@ -66,6 +68,12 @@ def _check_folders(config: MergeConfig) -> None:
             raise UserError(f"{folder} is named twice; name each folder once")
         if places[number] == config.out.resolve():
             raise UserError(f"{folder} is both read and written; the first folder named is the one that is written")
+
+
+def _manifest(readers: Sequence[ShardReader]) -> Manifest:
+    """What the merged folder says of itself as a whole: the origins of all, and no longer the part of one split."""
+    origins = dict.fromkeys(origin for reader in readers for origin in reader.manifest.origins)
+    return dataclasses.replace(readers[0].manifest, origins=tuple(origins), split=None)
 
 
 def _repeated(readers: Sequence[ShardReader]) -> Iterator[dict[int, Path]]:

@@ -185,6 +185,9 @@ def _summary(reader: ShardReader) -> Iterator[str]:
         f"{manifest.codebook} image codes"
     )
     yield f"  features stored as {manifest.storage}"
+    yield "  records of " + ", ".join(f"{origin.name} {origin.split}".strip() for origin in manifest.origins)
+    if manifest.split is not None:
+        yield f"  part {manifest.split.part} of the frozen split {manifest.split.name}"
     yield f"  {len(manifest.failures)} failures"
     kinds = by_reason(manifest.failures)
     yield from (f"    {count:>8,}  {reason}" for reason, count in kinds.most_common(SHOWN))

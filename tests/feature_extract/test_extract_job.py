@@ -15,7 +15,7 @@ from feature_extract.media import read_picture, read_recording
 from feature_extract.profiles import PROFILES
 from opt import cli
 from opt.config import UserError
-from opt.data.manifest import read_manifest
+from opt.data.manifest import Origin, read_manifest
 from opt.data.questions import read_questions
 from opt.data.shards import ShardReader
 
@@ -48,6 +48,7 @@ def test_samples_hold_what_the_extractors_see(corpus, tmp_path, capsys):
     assert (sample.pictures[0].width, sample.pictures[0].height) == (112, 96)
     assert sample.pictures[0].jpeg == (corpus / "images" / "p2.jpg").read_bytes()
     assert reader.manifest.codebook == codes.codebook and reader.manifest.region_classes == regions.classes
+    assert reader.manifest.origins == (Origin("localized_narratives " + corpus.name, "train"),)
     said = capsys.readouterr().out
     assert "8 records, 9 samples in 3 shards" in said and "regions tiny, audio tiny, codes tiny" in said
 
