@@ -6,6 +6,7 @@
         voice/<voice_recording>              16 kHz mono FLAC
         <split>_scenes.jsonl                 the truth, for evaluation only: labels, objects, ground, drowned words
         <split>_questions.jsonl              questions about the pictures with their answers (scene_questions.py)
+        <split>_statements.jsonl             true and false statements about two pictures (scene_statements.py)
 
 No modality knows everything: captions leave objects out, objects are small or half hidden, words are drowned in
 noise. Splits draw from index ranges that never meet, so a larger training set leaves the test set as it is.
@@ -28,7 +29,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feature_extract.sources import scene_captions, scene_drawing, scene_grounds, scene_questions, scene_speech
+from feature_extract.sources import (
+    scene_captions,
+    scene_drawing,
+    scene_grounds,
+    scene_questions,
+    scene_speech,
+    scene_statements,
+)
 from feature_extract.sources.scene_captions import Caption, words
 from feature_extract.sources.scene_drawing import CLASSES, Thing
 from feature_extract.sources.scene_speech import Speech, Voice
@@ -126,7 +134,8 @@ class ScenesConfig:
 def scenes(config: ScenesConfig) -> None:
     """Write spoken scenes in the Localized Narratives layout.
 
-    Run again after a stop: finished scenes are kept, and a folder from before there were questions gets them. Example:
+    Run again after a stop: finished scenes are kept, and a folder from before there were questions or statements gets
+    them. Example:
 
         python -m opt scenes --out runs/scenes --train 4000 --val 100 --test 200 --seed 1
     """
@@ -176,12 +185,17 @@ def _write_split(config: ScenesConfig, split: str, size: int) -> None:
     _write_lines(config.out / f"{split}_localized_narratives.jsonl", narratives)
     questions = [question for line in ordered for question in scene_questions.ask(line["scene"])]
     _write_lines(config.out / f"{split}_questions.jsonl", questions)
+    statements = scene_statements.state([line["scene"] for line in ordered])
+    _write_lines(config.out / f"{split}_statements.jsonl", statements)
+    sentence, *picture = scene_statements.blind(statements)
     counts = Counter(narrative["caption"] for narrative in narratives)
     shared = sum(count for count in counts.values() if count > 1)
     print(
         f"{split}: {size} scenes, {len(narratives)} narrations; "
         f"{shared} share their caption with another ({shared / max(1, len(narratives)):.1%}); "
-        f"{len(questions)} questions, a blind guess is right in {scene_questions.blind(questions):.1%}"
+        f"{len(questions)} questions, a blind guess is right in {scene_questions.blind(questions):.1%}; "
+        f"{len(statements)} statements, a blind guess is right in {sentence:.1%}, "
+        f"one that sees a single picture in {max(picture):.1%} at most"
     )
 
 
