@@ -1,10 +1,11 @@
-"""Retrieval between pictures, text and speech: recall at 1, 5 and 10 in five directions.
+"""Retrieval between pictures, text and speech: recall at 1, 5 and 10 in twelve directions.
 
-    samples --system.embed--> unit vectors --matrix product--> rank of the right candidate by alignment alone
-                                               \\--first k--> system.score of every pair --> rank by matching (ALBEF)
+    samples --System.embed--> unit vectors --products--> rank of the right candidate by alignment
+                                               \\--first k--> pairs fused --> rank by matching: two-stage (ALBEF)
+    samples -------------------------------------------> all pairs fused --> rank by matching: all-pairs
 
-A query is one caption or recording, or one distinct picture; a hit is any candidate with the query's key, so that each
-of several narrations of a picture is right.
+A query is one caption, one recording, one distinct picture, or two of these of one sample. A hit is any candidate with
+the query's key, so that each of several narrations of a picture is right.
 Shape legend: Q queries, C candidates, k re-ranked candidates, E embedding width.
 """
 
@@ -12,228 +13,198 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from eval.metrics import chance_recall, normalise, ranks
+from eval.matching import Matching
+from eval.metrics import interval, normalise, resampled
+from eval.protocols import PROTOCOLS
+from eval.ranking import chance_recall
 from eval.result import Findings, Metric, measured
-from eval.task import EvalConfig, Split, Task, in_batches, open_task
+from eval.searches import SHOWN, Modalities, Search, Searches
+from eval.task import EvalConfig, Split, Task, open_task
 from opt.config import UserError
-from opt.data.record import Sample
-from opt.systems.system import MODALITIES, compose
 
-DIRECTIONS = {
-    "text_to_image": (("text",), "image"),
-    "image_to_text": (("image",), "text"),
-    "text_to_audio": (("text",), "audio"),
-    "audio_to_text": (("audio",), "text"),
-    "text_audio_to_image": (("text", "audio"), "image"),
+DIRECTIONS: dict[str, tuple[Modalities, Modalities]] = {
+    "text_to_image": (("text",), ("image",)),
+    "image_to_text": (("image",), ("text",)),
+    "text_to_audio": (("text",), ("audio",)),
+    "audio_to_text": (("audio",), ("text",)),
+    "text_audio_to_image": (("text", "audio"), ("image",)),
+    "image_to_audio": (("image",), ("audio",)),
+    "audio_to_image": (("audio",), ("image",)),
+    "text_image_to_audio": (("text", "image"), ("audio",)),
+    "image_audio_to_text": (("image", "audio"), ("text",)),
+    "image_to_text_audio": (("image",), ("text", "audio")),
+    "audio_to_text_image": (("audio",), ("text", "image")),
+    "text_to_image_audio": (("text",), ("image", "audio")),
 }
+"""Queries and what is searched; the paper's five first (OPT, Table 3)."""
+SUFFIX = {"alignment": "", "two-stage": "_two_stage", "all-pairs": "_all_pairs"}
 DEPTHS = (1, 5, 10)
 GAIN = "retrieval.gain.text_audio_over_text"
-CHUNK = 1024
-DECIMALS = 5
-"""Scores are compared after rounding: the same caption in another batch differs in the last bits, and is a tie."""
-SHOWN_QUERIES, SHOWN_CANDIDATES = 6, 5
+MEAN = "retrieval.image_text.mean"
+BOTH_WAYS = ("image_to_text", "text_to_image")
+EXAMPLES = 6
+"""Searches shown, the first and the worst."""
 
 
 @dataclass
 class RetrievalConfig(EvalConfig):
     """Options of `opt eval retrieval`."""
 
-    rerank: int = 20
-    """How many of the best candidates are scored again by matching; 0 for none."""
-    rerank_directions: tuple[str, ...] = ("text_to_image", "image_to_text")
-    """Directions that are re-ranked: each query costs `rerank` passes of the cross-modal encoder."""
-
-
-class Search(NamedTuple):
-    """One direction: sample numbers of queries (Q,) and candidates (C,), ranks (Q,), places of the first k (Q, k)."""
-
-    queries: np.ndarray
-    candidates: np.ndarray
-    ranks: np.ndarray
-    first: np.ndarray
-
-
-@dataclass
-class Embeddings:
-    """Unit vectors of the samples that were asked for, kept by modalities so that each is computed once."""
-
-    task: Task
-    kept: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
-
-    def of(self, modalities: tuple[str, ...], numbers: np.ndarray) -> np.ndarray:
-        """(len(numbers), E) float32. The same modalities always come with the same numbers."""
-        if modalities not in self.kept:
-            embed = self.task.system.embed
-            label = f"embed {' + '.join(modalities)}"
-            self.kept[modalities] = self.task.tensor(numbers, lambda samples: embed(samples, modalities), label)
-        return self.kept[modalities]
+    by: tuple[Literal["alignment", "two-stage", "all-pairs"], ...] = ("alignment", "two-stage")
+    """What orders candidates. alignment: vectors of each side alone. two-stage: the first by alignment, ordered again
+    by matching. all-pairs: matching of every query with every candidate, which few splits are small enough for."""
+    rerank: int | None = None
+    """two-stage: how many of the first are ordered again; by default 20, or what the protocol says."""
+    directions: tuple[str, ...] = tuple(DIRECTIONS)
+    """Which of the twelve directions are searched."""
+    matched_directions: tuple[str, ...] = BOTH_WAYS
+    """Those of them in which pairs are matched: every pair costs a pass of the cross-modal encoder."""
+    protocol: str = ""
+    """A published way to search: coco-5k, coco-1k, flickr30k or openimages-5k; checks that this is its split."""
 
 
 def retrieval(config: RetrievalConfig) -> None:
     """Search between pictures, text and speech: recall at 1, 5 and 10.
 
-    Example: opt eval retrieval runs/demo/model runs/demo/shards/test --rerank 20
+    Examples, the second over all pairs, the third as COCO's test split is quoted:
+
+    opt eval retrieval runs/demo/model runs/demo/shards/test --rerank 20
+
+    opt eval retrieval runs/demo/model runs/demo/shards/test --by all-pairs --directions text_to_image --limit 100
+
+    opt eval retrieval runs/coco/model runs/coco/shards/test --protocol coco-5k
     """
-    if unknown := sorted(set(config.rerank_directions) - set(DIRECTIONS)):
-        raise UserError(f"--rerank-directions {unknown[0]} is no direction; there are {', '.join(DIRECTIONS)}")
-    if config.rerank < 0:
-        raise UserError(f"--rerank {config.rerank} must not be negative")
+    for name, directions in (("directions", config.directions), ("matched-directions", config.matched_directions)):
+        if unknown := sorted(set(directions) - set(DIRECTIONS)):
+            raise UserError(f"--{name} {unknown[0]} is no direction; there are {', '.join(DIRECTIONS)}")
+    if config.rerank is not None and config.rerank < 1:
+        raise UserError(f"--rerank {config.rerank} must be at least 1; to order nothing again give --by alignment")
+    if not config.by:
+        raise UserError(f"--by is empty: give one or more of {', '.join(SUFFIX)}")
+    if config.protocol and config.protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {config.protocol} is unknown; there are {', '.join(PROTOCOLS)}")
     task = open_task("retrieval", "retrieval", config)
     task.finish(measure(task, config))
 
 
+def open_searches(task: Task, config: RetrievalConfig) -> Searches:
+    """The samples that the protocol keeps, or all. Raises UserError where the split is not the protocol's."""
+    count = len(task.split)
+    numbers, folds, rerank = np.arange(count), np.zeros(count, np.int64), 20
+    if config.protocol:
+        protocol = PROTOCOLS[config.protocol]
+        numbers, rerank = protocol.narrow(task.split), protocol.rerank
+        folds = protocol.folds_of(task.split)
+    return Searches(task, numbers, folds, config.rerank or rerank, Matching(task))
+
+
 def measure(task: Task, config: RetrievalConfig) -> Findings:
-    """Metrics, absent ones with reasons, and example searches. Raises UserError when no direction can be measured."""
-    metrics: list[Metric] = []
+    """Recall in each direction, and example searches. Raises UserError when no direction can be measured."""
+    setting, ways = open_searches(task, config), config.by
+    found: dict[tuple[str, str], Search] = {}
     absent: dict[str, str] = {}
-    examples: list[dict[str, Any]] = []
-    searches: dict[str, Search] = {}
-    embeddings, matching = Embeddings(task), Matching(task)
-    for direction, (given, sought) in DIRECTIONS.items():
+    for direction in config.directions:
         try:
-            search = searches[direction] = _search(task, config, embeddings, given, sought)
+            found |= {(direction, way): search for way, search in _searches(setting, config, direction).items()}
         except LookupError as error:
             absent[f"retrieval.{direction}"] = str(error)
-            continue
-        about = _about(task.split, direction, search)
-        metrics += _recalls(task, config, direction, "", search, search.ranks, about)
-        if config.rerank and direction in config.rerank_directions:
-            best = search._replace(first=search.first[:, : config.rerank])
-            reranked = matching.ranks(best, given, sought)
-            about = {**about, "rerank_k": best.first.shape[1]}
-            metrics += _recalls(task, config, direction, "_reranked", search, reranked, about)
-        if direction == "text_to_image":
-            examples = _examples(task, search)
-    if reason := absent.get("retrieval.text_audio_to_image") or absent.get("retrieval.text_to_image"):
-        absent[GAIN] = reason
-    else:
-        metrics += _gains(task, config, searches["text_audio_to_image"], searches["text_to_image"])
-    if not metrics:
-        raise UserError("nothing to search: " + "; ".join(sorted(set(absent.values()))))
-    return Findings(metrics, absent, examples)
+    if not found:
+        reasons = "; ".join(sorted(set(absent.values()))) or "no direction of --directions is in --matched-directions"
+        raise UserError(f"nothing to search: {reasons}")
+    shared = _captions_of_several_pictures(task.split)
+    metrics = [metric for key, search in found.items() for metric in _recalls(setting, config, *key, search, shared)]
+    both, text = (found.get((direction, "alignment")) for direction in ("text_audio_to_image", "text_to_image"))
+    if both is not None and text is not None:
+        metrics += _gains(task, both, text)
+    elif "alignment" in ways:
+        missing = (absent.get(f"retrieval.{name}") for name in ("text_audio_to_image", "text_to_image"))
+        absent[GAIN] = next(filter(None, missing), "one of the two directions was not asked for")
+    for way, suffix in SUFFIX.items():
+        if all((direction, way) in found for direction in BOTH_WAYS):
+            metrics.append(_mean(task, [found[direction, way] for direction in BOTH_WAYS], suffix))
+    shown = next((found["text_to_image", way] for way in ways if ("text_to_image", way) in found), None)
+    examples, worst = ([], []) if shown is None else (_first(task, shown), _worst(task, shown))
+    return Findings(metrics, absent, examples, worst)
 
 
-def members(split: Split, modalities: Sequence[str]) -> np.ndarray:
-    """Sample numbers that stand for `modalities`: every caption and recording, but each picture once."""
-    numbers = split.with_all(modalities)
-    return split.one_a_picture(numbers) if tuple(modalities) == ("image",) else numbers
+def _searches(setting: Searches, config: RetrievalConfig, direction: str) -> dict[str, Search]:
+    """One direction by each of the ways asked for. Raises LookupError with the reason when there is nothing to find."""
+    (given, sought), ways = DIRECTIONS[direction], config.by
+    matched = direction in config.matched_directions
+    found = {}
+    if "alignment" in ways or (matched and "two-stage" in ways):
+        found["alignment"] = setting.aligned(given, sought)
+    if matched and "two-stage" in ways:
+        found["two-stage"] = setting.two_stage(given, sought, found["alignment"])
+    if matched and "all-pairs" in ways:
+        found["all-pairs"] = setting.all_pairs(given, sought)
+    return {way: found[way] for way in found if way in ways}
 
 
-def _search(task: Task, config: RetrievalConfig, embeddings: Embeddings, given: tuple[str, ...], sought: str) -> Search:
-    """Embed and rank. Raises LookupError with the reason when there is nothing to search."""
-    groups = task.split.groups
-    queries, candidates = members(task.split, given), members(task.split, (sought,))
-    answerable = np.isin(groups[queries], groups[candidates])
-    if not answerable.any():
-        raise LookupError(f"the shards hold no {' and '.join(given)} with {sought}")
-    query_QE = embeddings.of(given, queries)[answerable]
-    candidate_CE = embeddings.of((sought,), candidates)
-    queries = queries[answerable]
-    depth = min(max(config.rerank, SHOWN_CANDIDATES), len(candidates))
-    shuffled = np.random.default_rng(config.seed).permutation(
-        len(candidates)
-    )  # equals at the cut: no order is favoured
-    rank, first = [], []
-    for start in range(0, len(queries), CHUNK):
-        rows = slice(start, start + CHUNK)
-        scores_QC = np.round(query_QE[rows] @ candidate_CE.T, DECIMALS)
-        rank.append(ranks(scores_QC, groups[queries[rows], None] == groups[candidates]))
-        first.append(shuffled[np.argsort(-scores_QC[:, shuffled], axis=1, kind="stable")[:, :depth]])
-    return Search(queries, candidates, np.concatenate(rank), np.concatenate(first))
-
-
-class Matching:
-    """Matching scores of pairs; a pair that two directions ask for is computed once."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.scores: dict[tuple[str, int, int], float] = {}
-
-    def ranks(self, search: Search, given: tuple[str, ...], sought: str) -> np.ndarray:
-        """Ranks (Q,) when the first k candidates are ordered by matching alone; others keep their rank, below those."""
-        groups = self.task.split.groups
-        found_Qk = search.candidates[search.first]
-        pairs = [(query, found) for query, row in zip(search.queries, found_Qk, strict=True) for found in row]
-        scores_Qk = np.round(self._score(pairs, given, sought), DECIMALS).reshape(found_Qk.shape)
-        rank_Q = ranks(scores_Qk, groups[found_Qk] == groups[search.queries, None])
-        return np.where(np.isfinite(rank_Q), rank_Q, search.ranks)
-
-    def _score(self, pairs: list[tuple[int, int]], given: tuple[str, ...], sought: str) -> np.ndarray:
-        """Log-odds (len(pairs),) that the query's modalities and the candidate belong together."""
-        modalities = tuple(modality for modality in MODALITIES if modality in (*given, sought))
-        flip = len(given) == 1 and given[0] > sought
-        keys = [("+".join(modalities), *(pair[::-1] if flip else pair)) for pair in pairs]
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.scores}
-        sample = lru_cache(maxsize=2048)(self.task.split.sample)
-
-        def load(query: int, found: int) -> Sample:
-            return compose(**{modality: sample(query) for modality in given}, **{sought: sample(found)})
-
-        answers = in_batches(
-            [partial(load, *pair) for pair in missing.values()],
-            lambda samples: self.task.system.score(samples, modalities).float().cpu().tolist(),
-            self.task.batch,
-            f"match {' + '.join(given)} with {sought}",
-        )
-        self.scores.update(zip(missing, answers, strict=True))
-        return np.array([self.scores[key] for key in keys])
-
-
-def _about(split: Split, direction: str, search: Search) -> dict[str, Any]:
-    """The protocol of a direction, for its metrics."""
-    given, sought = DIRECTIONS[direction]
-    count = len(search.candidates)
-    what = {"image": "distinct pictures", "text": "captions", "audio": "recordings"}[sought]
-    candidates = f"{count} {what}"
-    if "text" in (*given, sought):
-        numbers = search.candidates if sought == "text" else search.queries
-        # a set a text: its pictures; more than one and nobody can tell them apart
-        pictures: dict[str, set[int]] = {}
-        for number in numbers:
-            pictures.setdefault(normalise(split.captions[number] or ""), set()).add(int(split.groups[number]))
-        shared = sum(len(pictures[normalise(split.captions[number] or "")]) > 1 for number in numbers)
-        candidates += f"; {shared} of {len(numbers)} captions also belong to another picture"
-    return {
-        "modalities": (*given, sought),
-        "direction": f"{' + '.join(given)} -> {sought}",
-        "candidates": candidates,
-        "normaliser": "caption as stored, the model's own tokenizer",
-    }
+def _captions_of_several_pictures(split: Split) -> np.ndarray:
+    """Which samples' captions, as words, also belong to another picture: nobody could tell them apart. bool (N,)."""
+    words = np.array([normalise(caption or "") for caption in split.captions])
+    text = np.unique(words, return_inverse=True)[1].astype(np.int64)
+    pairs = np.unique(np.stack([text, split.groups], axis=1), axis=0)
+    return (np.bincount(pairs[:, 0]) > 1)[text]
 
 
 def _recalls(
-    task: Task,
-    config: RetrievalConfig,
-    direction: str,
-    suffix: str,
-    search: Search,
-    rank: np.ndarray,
-    about: dict[str, Any],
+    setting: Searches, config: RetrievalConfig, direction: str, way: str, search: Search, shared: np.ndarray
 ) -> list[Metric]:
-    groups = task.split.groups
-    right = Counter(groups[search.candidates].tolist())
-    positives = np.array([right[group] for group in groups[search.queries].tolist()])
+    """Recall at each depth, with its protocol."""
+    task, (given, sought) = setting.task, DIRECTIONS[direction]
+    groups, folds = task.split.groups, setting.folds
+    right = Counter(zip(folds[search.candidates].tolist(), groups[search.candidates].tolist(), strict=True))
+    offered = Counter(folds[search.candidates].tolist())
+    asked = zip(folds[search.queries].tolist(), groups[search.queries].tolist(), strict=True)
+    positives = np.array([right[pair] for pair in asked])
+    about: dict[str, Any] = {
+        "chance_method": "random order",
+        "modalities": (*given, *sought),
+        "direction": f"{' + '.join(given)} -> {' + '.join(sought)}",
+        "candidates": _candidates(sought, offered, search, shared if "text" in (*given, *sought) else None),
+        "protocol": "recall/ties-shared",
+        "normaliser": "caption as stored, the model's own tokenizer",
+        "note": _note(setting, config.protocol, way, search),
+        "rerank_k": min(setting.rerank, search.first.shape[1]) if way == "two-stage" else None,
+    }
     return [
         measured(
-            f"retrieval.{direction}.r{depth}{suffix}",
-            (rank <= depth).astype(np.float64),
-            config.seed,
-            groups=groups[search.queries],
-            chance=chance_recall(positives, len(search.candidates), depth),
-            chance_method="random order",
-            **about,
+            f"retrieval.{direction}.r{depth}{SUFFIX[way]}", (search.ranks <= depth).astype(np.float64),
+            task.provenance.seed, groups=groups[search.queries],
+            chance=chance_recall(positives, min(offered.values()), depth), **about,
         )
         for depth in DEPTHS
-    ]
+    ]  # fmt: skip
 
 
-def _gains(task: Task, config: RetrievalConfig, both: Search, text: Search) -> list[Metric]:
+def _candidates(sought: Modalities, offered: Counter[int], search: Search, shared: np.ndarray | None) -> str:
+    """What was searched: how many of what, in how many folds, and how many captions nobody could tell apart."""
+    what: dict[Modalities, str] = {("image",): "distinct pictures", ("text",): "captions", ("audio",): "recordings"}
+    said = f"{min(offered.values())} {what.get(sought, f'pairs of {chr(32).join(sought)}')}"
+    if len(offered) > 1:
+        said = f"{said} in each of {len(offered)} folds"
+    if shared is None:
+        return said
+    numbers = search.candidates if "text" in sought else search.queries
+    return f"{said}; {int(shared[numbers].sum())} of {len(numbers)} captions also belong to another picture"
+
+
+def _note(setting: Searches, protocol: str, way: str, search: Search) -> str:
+    """How the split is quoted, and what the way costs."""
+    queries, folds = len(search.queries), len(np.unique(setting.folds[search.queries]))
+    pairs = {"two-stage": min(setting.rerank, search.first.shape[1]), "all-pairs": len(search.candidates) // folds}
+    passes = f"{queries * pairs[way]:,} fusion passes" if way in pairs else ""
+    return "; ".join(part for part in (protocol, passes) if part)
+
+
+def _gains(task: Task, both: Search, text: Search) -> list[Metric]:
     """Recall of the picture by caption and recording minus recall by the caption alone, same queries (OPT, Table 3)."""
     queries = np.intersect1d(both.queries, text.queries)
     ranks_with, ranks_without = (search.ranks[np.isin(search.queries, queries)] for search in (both, text))
@@ -241,23 +212,54 @@ def _gains(task: Task, config: RetrievalConfig, both: Search, text: Search) -> l
         measured(
             f"{GAIN}.r{depth}",
             (ranks_with <= depth).astype(np.float64) - (ranks_without <= depth),
-            config.seed,
+            task.provenance.seed,
             groups=task.split.groups[queries],
             modalities=("text", "audio", "image"),
             direction="text + audio -> image, minus text -> image",
             candidates=f"{len(both.candidates)} distinct pictures",
+            protocol="recall/ties-shared",
             note="paired difference over the same queries",
         )
         for depth in DEPTHS
     ]
 
 
-def _examples(task: Task, search: Search) -> list[dict[str, Any]]:
+def _mean(task: Task, searches: Sequence[Search], suffix: str) -> Metric:
+    """The mean of the six recalls between pictures and captions, over paired resamples of the pictures."""
+    groups, seed = task.split.groups, task.provenance.seed
+    hits = [((search.ranks <= depth).astype(np.float64), groups[search.queries])
+            for search in searches for depth in DEPTHS]  # fmt: skip
+    draws = np.mean([resampled(hit, seed, groups=group) for hit, group in hits], axis=0)
+    return Metric(
+        f"{MEAN}{suffix}", float(np.mean([hit.mean() for hit, _ in hits])), sum(len(s.queries) for s in searches),
+        interval(draws), modalities=("text", "image"), direction="image -> text and text -> image",
+        candidates=" and ".join(str(len(search.candidates)) for search in searches), protocol="recall/ties-shared",
+        note="mean of R@1, R@5 and R@10 both ways",
+    )  # fmt: skip
+
+
+def _first(task: Task, search: Search) -> list[dict[str, Any]]:
     """The first queries with the pictures found for them, best first."""
-    keys, captions = task.split.keys, task.split.captions
-    shown = []
-    for row, query in enumerate(search.queries[:SHOWN_QUERIES]):
-        found = search.candidates[search.first[row, :SHOWN_CANDIDATES]]
-        hits = [{"picture": task.keep_picture(int(number)), "right": keys[number] == keys[query]} for number in found]
-        shown.append({"key": keys[query], "text": captions[query], "rank": float(search.ranks[row]), "found": hits})
-    return shown
+    return [_example(task, search, row) for row in range(min(EXAMPLES, len(search.queries)))]
+
+
+def _worst(task: Task, search: Search) -> list[dict[str, Any]]:
+    """The queries whose picture came last, with what came first and the picture they meant."""
+    rows = np.argsort(-search.ranks, kind="stable")[:EXAMPLES]
+    by_group = {int(task.split.groups[number]): int(number) for number in search.candidates}
+    return [
+        {
+            **_example(task, search, int(row)),
+            "picture": task.keep_picture(by_group[int(task.split.groups[search.queries[row]])]),
+            "failure": f"the right picture at rank {search.ranks[row]:g} of {len(search.candidates)}",
+        }
+        for row in rows
+        if search.ranks[row] > 1
+    ]
+
+
+def _example(task: Task, search: Search, row: int) -> dict[str, Any]:
+    keys, query = task.split.keys, search.queries[row]
+    found = search.first[row, :SHOWN]
+    hits = [{"picture": task.keep_picture(int(number)), "right": keys[number] == keys[query]} for number in found]
+    return {"key": keys[query], "text": task.split.captions[query], "rank": float(search.ranks[row]), "found": hits}

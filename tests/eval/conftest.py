@@ -16,6 +16,7 @@ from PIL import Image
 from eval.result import Provenance
 from eval.task import Split, Task
 from opt.data.record import Lengths, Picture, Sample
+from opt.nn.states import States
 from opt.systems.system import System
 
 
@@ -53,7 +54,7 @@ class FakeSystem(System):
     def __init__(self, blurred=()):
         super().__init__()
         self.blurred = set(blurred)
-        self.calls = {"embed": 0, "score": 0}
+        self.calls = {"embed": 0, "alone": 0, "fuse": 0}
 
     def number(self, sample, modality):
         if modality in self.blurred:
@@ -69,9 +70,15 @@ class FakeSystem(System):
         vectors = torch.nn.functional.one_hot(torch.tensor([self.number(s, modalities[0]) for s in samples]), 64)
         return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
-    def score(self, samples, modalities):
-        self.calls["score"] += len(samples)
-        return torch.tensor([float(len({self.number(s, m) for m in modalities}) == 1) for s in samples])
+    def alone(self, samples, modality):
+        self.calls["alone"] += len(samples)
+        numbers = torch.tensor([[float(self.number(sample, modality))] for sample in samples])
+        return States(numbers, np.ones(len(samples), np.int64))
+
+    def fuse(self, parts, rows):
+        numbers = torch.cat([parts[name].take(rows[name]).hidden for name in parts], dim=1)
+        self.calls["fuse"] += len(numbers)
+        return (numbers == numbers[:, :1]).all(1).float()
 
     def features(self, samples, modalities):
         noise = torch.Generator().manual_seed(len(modalities))

@@ -67,7 +67,7 @@ def test_only_recordings_with_a_picture_are_compared(make_task):
 def test_a_system_that_does_not_look_gains_exactly_nothing(make_task):
     task = make_task((12, 2), blurred=("image",))
     gains = [by_name(speech.measure(task)[0])["transcribe.wer_gain.image"]]
-    config = retrieval.RetrievalConfig(Path("model"), Path("shards"), rerank=0)
+    config = retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",))
     gains += [metric for metric in retrieval.measure(task, config)[0] if metric.name.startswith(retrieval.GAIN)]
     assert len(gains) == 4 and all(gain.value == 0 and gain.interval == (0, 0) for gain in gains)
 
@@ -79,7 +79,7 @@ def test_what_the_recording_adds_is_counted_on_the_same_queries(make_task):
     task = make_task(samples, blurred=("text",))
     embed = task.system.embed  # the fake embeds the first modality: here the recording speaks for both
     task.system.embed = lambda some, given: embed(some, ("audio",) if given == ("text", "audio") else given)
-    found = by_name(retrieval.measure(task, retrieval.RetrievalConfig(Path("model"), Path("shards"), rerank=0))[0])
+    found = by_name(retrieval.measure(task, retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",)))[0])
     gain = found[f"{retrieval.GAIN}.r1"]
     text = np.array([number == 0 for number in range(24) for _ in range(2)])  # all captions look like picture 0's
     there = np.delete(np.arange(48), [3, 20])
@@ -179,7 +179,7 @@ def test_the_page_shows_gains_as_differences_and_baselines_beside_the_model(make
     write_result(Result("classify", tuple(classified), PROVENANCE, 1.0, absent), folder)
     spoken = hears_badly(make_task((6, 1)))
     write_result(Result("transcribe", tuple(speech.measure(spoken)[0]), PROVENANCE, 1.0), folder)
-    config = retrieval.RetrievalConfig(Path("model"), Path("shards"), rerank=0)
+    config = retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",))
     write_result(Result("retrieval", tuple(retrieval.measure(make_task((6, 1)), config)[0]), PROVENANCE, 1.0), folder)
     report(ReportConfig(tmp_path / "run"))
     page = (tmp_path / "run" / "report.html").read_text()

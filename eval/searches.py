@@ -1,0 +1,109 @@
+"""Searches of a split in one direction: by vectors, by vectors and then matching, by matching alone.
+
+    Searches(task, numbers, folds, ...)  --aligned | two_stage | all_pairs-->  Search: ranks and the first k
+
+Vectors and states of single modalities are computed once, whichever directions ask for them.
+Shape legend: N samples, Q queries, C candidates, k first candidates, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.matching import Matching
+from eval.ranking import rank
+from eval.task import Task
+
+Modalities = tuple[str, ...]
+SHOWN = 5
+"""Candidates that are kept for the report at least."""
+
+
+class Search(NamedTuple):
+    """One direction: sample numbers of queries (Q,) and candidates (C,), ranks (Q,), the first k as sample numbers."""
+
+    queries: np.ndarray
+    candidates: np.ndarray
+    ranks: np.ndarray
+    first: np.ndarray
+
+
+@dataclass
+class Searches:
+    """A split as it is searched: which samples take part, in which fold, how deep."""
+
+    task: Task
+    numbers: np.ndarray
+    """Samples that take part (N,)."""
+    folds: np.ndarray
+    """Of every sample of the split: queries find candidates of their own fold only."""
+    rerank: int
+    """How many of the first two_stage orders again."""
+    matching: Matching
+    vectors: dict[Modalities, np.ndarray] = field(default_factory=dict)
+
+    def members(self, modalities: Modalities) -> np.ndarray:
+        """Sample numbers that stand for `modalities`: every caption and recording, but each picture once."""
+        split = self.task.split
+        numbers = np.intersect1d(split.with_all(modalities), self.numbers)
+        return split.one_a_picture(numbers) if modalities == ("image",) else numbers
+
+    def embed(self, modalities: Modalities) -> np.ndarray:
+        """Unit vectors of `members`, (n, E) float32; computed once."""
+        if modalities not in self.vectors:
+            embed = self.task.system.embed
+            self.vectors[modalities] = self.task.tensor(
+                self.members(modalities), lambda samples: embed(samples, modalities), f"embed {' + '.join(modalities)}"
+            )
+        return self.vectors[modalities]
+
+    def pairs(self, given: Modalities, sought: Modalities) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each fold, the places among `members(given)` of queries with an answer, and of all candidates. Raises
+        LookupError with the reason when there are none."""
+        groups, folds = self.task.split.groups, self.folds
+        queries, candidates = self.members(given), self.members(sought)
+        answerable = np.isin(groups[queries], groups[candidates])
+        if not answerable.any():
+            raise LookupError(f"the shards hold no {' and '.join(given)} with {' and '.join(sought)}")
+        return [
+            (np.flatnonzero(answerable & (folds[queries] == fold)), np.flatnonzero(folds[candidates] == fold))
+            for fold in np.unique(folds[queries[answerable]])
+        ]
+
+    def aligned(self, given: Modalities, sought: Modalities) -> Search:
+        """Candidates by products of vectors."""
+        groups, found = self.task.split.groups, []
+        queries, candidates = self.members(given), self.members(sought)
+        pairs = self.pairs(given, sought)
+        k = min(max(self.rerank, SHOWN), min(len(places) for _, places in pairs))
+        query_QE, candidate_CE = self.embed(given), self.embed(sought)
+        for asked, offered in pairs:
+            ranking = rank(
+                query_QE[asked], candidate_CE[offered], groups[queries[asked]], groups[candidates[offered]], k,
+                self.task.provenance.seed,
+            )  # fmt: skip
+            found.append(Search(queries[asked], candidates[offered], ranking.ranks, candidates[offered][ranking.first]))
+        return _joined(found)
+
+    def two_stage(self, given: Modalities, sought: Modalities, search: Search) -> Search:
+        """The first `rerank` by alignment, ordered again by matching alone."""
+        first = search.first[:, : self.rerank]
+        return search._replace(ranks=self.matching.among_first(given, sought, search.queries, first, search.ranks))
+
+    def all_pairs(self, given: Modalities, sought: Modalities) -> Search:
+        """Every candidate by matching."""
+        queries, candidates, found = self.members(given), self.members(sought), []
+        for asked, offered in self.pairs(given, sought):
+            ranks = self.matching.among_all(given, sought, queries[asked], candidates[offered])
+            found.append(Search(queries[asked], candidates[offered], ranks, np.empty((len(asked), 0), np.int64)))
+        return _joined(found)
+
+
+def _joined(searches: Sequence[Search]) -> Search:
+    """Several folds as one."""
+    columns = zip(*searches, strict=True)
+    return Search(*(np.concatenate(column) for column in columns))
