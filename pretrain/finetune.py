@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from tyro.conf import Positional
 
-from opt.checkpoint import from_pretrained
+from opt.checkpoint import from_pretrained, read_history
 from opt.config import UserError, read_json
 from opt.data.questions import Question, Questions, frequent_answers, normalise
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
 from opt.data.tokenizer import Tokenizer
+from opt.history import Stage, corpora_of
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT
 from opt.systems.opt.config import Tuning
@@ -85,7 +86,8 @@ def finetune(config: FinetuneConfig) -> None:
         reader = _reader(config, start.facts)
         system = tuned(start, _tuning(config, start, reader), config)
         model = read_json(config.model / "config.json")["sha256"]
-        train(system, reader, config, device, f"model {model}")
+        stage = Stage("finetune", config.task, corpora_of(reader), f"model {model}")
+        train(system, reader, config, device, (*read_history(config.model), stage), f"model {model}")
 
 
 def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:

@@ -28,7 +28,7 @@ from pretrain.state import newest_state
 FREE = {
     "shards", "validation", "start", "cache", "cache_gigabytes", "out", "dry_run", "profile", "tensorboard",
     "loop.workers", "loop.log_every", "loop.save_every", "loop.keep", "loop.max_skipped", "loop.parallel",
-    "loop.compile",
+    "loop.compile", "history",
 }
 """Settings that may change between the starts of one run: they do not change what is learned. (Whether places hold the
 same data, or weights to start with, is told by fingerprints.)"""
@@ -61,6 +61,7 @@ def identity(
     return {
         **told, "data": ", ".join(data), "start_sha256": start.sha256 if start else None,
         "words": system.tokenizer.fingerprint if system.reads_text else None,
+        "history": [configuration.to_dict(stage) for stage in start.history] if start else [],
     }
 
 

@@ -20,6 +20,7 @@ from opt.data.manifest import Manifest
 from opt.data.remote import Cache
 from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
+from opt.history import History, Stage, corpora_of
 from opt.progress import in_bytes
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.system import DataFacts, System, build, load, names, system_type
@@ -116,7 +117,9 @@ def pretrain(config: PretrainConfig) -> None:
         system = _system(config, reader, start, device)
         if start is not None:
             say(f"begins with {start.fill(system)}")
-        train(system, reader, config, device, start=start, proportions=config.proportions, held_out=held_out)
+        began = f"{str(config.start).partition(':')[0]} {start.sha256}" if start else ""
+        history = (*(start.history if start else ()), Stage("pretrain", config.system, corpora_of(reader), began))
+        train(system, reader, config, device, history, start=start, proportions=config.proportions, held_out=held_out)
 
 
 class RunConfig(Protocol):
@@ -137,15 +140,16 @@ class RunConfig(Protocol):
 
 
 def train(
-    system: System, reader: ShardReader, config: RunConfig, device: torch.device, data: str = "",
+    system: System, reader: ShardReader, config: RunConfig, device: torch.device, history: History, data: str = "",
     start: Start | None = None, proportions: tuple[float, ...] = (), held_out: ShardReader | None = None,
 ) -> None:
     """Train in `config.out`, or go on with the run there, or only say what would be trained (`config.dry_run`).
 
-    data: what else than the shards fixes what is learned from. Raises UserError where other settings, data or weights
-    to start with made the run.
+    history: the stages of the model, this one the last. data: what else than the shards fixes what is learned from.
+    Raises UserError where other settings, data or weights to start with made the run.
     """
-    begin = partial(Trainer, system, reader, config.out, config.loop, config.optim, proportions, held_out, device)
+    begin = partial(Trainer, system, reader, config.out, config.loop, config.optim, proportions, held_out, device,
+                    history)
     told = identity(config, system, reader, held_out, start, data)
     if config.dry_run:
         of_first(lambda: require_same_run(config.out, told))

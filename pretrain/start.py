@@ -2,7 +2,7 @@
 
     bert:FOLDER  --opt/weights/bert.py--> words, and weights for a new system
     model:FOLDER --opt/checkpoint.py--> the words and weights of a model of the same system
-    run/         config.json names the start and the SHA-256 of its weights; tokenizer.json holds its words
+    run/         config.json names the start, the SHA-256 of its weights and their history; tokenizer.json its words
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from opt.checkpoint import from_pretrained
+from opt.checkpoint import from_pretrained, parse_history, read_history
 from opt.config import UserError, read_json
 from opt.data.tokenizer import Tokenizer
 from opt.files import sha256
+from opt.history import History
 from opt.systems.opt import OPT
 from opt.systems.system import System
 from opt.weights import bert
@@ -29,6 +30,8 @@ class Start:
     tokenizer: Tokenizer | None
     sha256: str
     fill: Callable[[System], str]
+    history: History = ()
+    """What the weights were trained on, where they say so."""
 
 
 def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
@@ -41,7 +44,8 @@ def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
         recorded = content.get("start_sha256") if isinstance(content, dict) else None
         if recorded is None:
             raise UserError(f"{run} holds a run that began without --start; give another --out, or leave out --start")
-        return Start(None, recorded, _nothing)
+        earlier = parse_history(content.get("history", []), f"{run / 'config.json'}, history")
+        return Start(None, recorded, _nothing, earlier)
     kind, _, place = source.partition(":")
     if kind == "model" and place:
         return _from_model(source, Path(place), vocabulary)
@@ -60,7 +64,8 @@ def _from_model(source: str, folder: Path, vocabulary: Path | None) -> Start:
     model = from_pretrained(folder)
     words = model.tokenizer if model.reads_text else None
     _require_same_words(words, vocabulary, folder)
-    return Start(words, read_json(folder / "config.json")["sha256"], partial(_fill_from_model, source, model))
+    weights = read_json(folder / "config.json")["sha256"]
+    return Start(words, weights, partial(_fill_from_model, source, model), read_history(folder))
 
 
 def _fill_from_model(source: str, model: System, system: System) -> str:

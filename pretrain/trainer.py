@@ -38,6 +38,7 @@ from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.distributed import rank, world
 from opt.files import make_folder, replace_folder
+from opt.history import History, so_far
 from opt.nn.compiled import compile_blocks
 from opt.objectives.term import Term, loss
 from opt.progress import Progress as Bar
@@ -73,16 +74,17 @@ class _Told(BaseException):
 class Trainer:
     """One run of one system in `folder`; made anew, it goes on from the newest state there.
 
-    proportions: how often rows come from each corpus of `reader`. held_out: what is validated on.
+    proportions: how often rows come from each corpus of `reader`. held_out: what is validated on. history: what the
+    model says of its training, this run being the last stage.
     """
 
     def __init__(
         self, system: System, reader: ShardReader, folder: Path, loop: LoopConfig, optim: OptimConfig,
         proportions: tuple[float, ...] = (), held_out: ShardReader | None = None,
-        device: torch.device | None = None,
+        device: torch.device | None = None, history: History = (),
     ) -> None:
         self.system, self.reader, self.folder, self.loop, self.optim = system, reader, folder, loop, optim
-        self.proportions = proportions
+        self.proportions, self.history = proportions, history
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bfloat16 = use_bfloat16(loop.precision, self.device)
         self.preparer: Preparer = system.preparer()
@@ -275,7 +277,8 @@ class Trainer:
             unfinished = self.folder / f".{name}.tmp"
             save_pretrained(
                 self.system, unfinished, weights, f": {self.step:,} of {self.loop.steps:,} steps of at most "
-                f"{self.loop.batch_tokens:,} tokens on data {self.reader.fingerprint[:16]}{best}"
+                f"{self.loop.batch_tokens:,} tokens on data {self.reader.fingerprint[:16]}{best}",
+                so_far(self.history, self.step, self.position),
             )
             replace_folder(unfinished, self.folder / name)
 

@@ -67,6 +67,15 @@ def test_missing_and_foreign_files_are_named(model: Path):
         from_pretrained(model)
 
 
+def test_another_tokenizer_of_the_same_size_is_refused(model: Path):
+    path = model / "tokenizer.json"
+    content = path.read_text()
+    assert '"red"' in content and '"blue"' in content
+    path.write_text(content.replace('"red"', '"RED"').replace('"blue"', '"red"').replace('"RED"', '"blue"'))
+    with pytest.raises(UserError, match="another tokenizer"):
+        from_pretrained(model)
+
+
 def test_a_runs_folder_points_to_its_model(model: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"loop": {}}')
     with pytest.raises(UserError, match=f"give {model}"):
