@@ -62,12 +62,14 @@ class Source:
                 seen.add(row.key)
 
     def questions(self) -> Iterator[dict[str, Any]]:
-        """Every sentence, answered by true or false. A malformed line is left out: `rows` has named it."""
+        """Every sentence, answered by true or false; the pairs of one sentence are a set. A malformed line is left out:
+        `rows` has named it."""
         for _, line in numbered_lines(self.files()[0]):
             try:
                 entry = json.loads(decode(line))
-                pair, _ = _pair(entry)
-                question = {"image_id": key_of(pair), "question": field(entry, "sentence", str)}
+                pair, number = _pair(entry)
+                sentence = f"{pair.rpartition('-')[0]}-{number}"
+                question = {"image_id": key_of(pair), "question": field(entry, "sentence", str), "set": sentence}
                 yield question | {"answers": [_label(entry)] if "label" in entry else []}
             except MALFORMED:
                 continue

@@ -9,7 +9,7 @@ import pytest
 from fixtures import fake_sample, fake_shards
 
 from opt.config import UserError
-from opt.data.questions import Questions, frequent_answers, normalise, read_questions
+from opt.data.questions import Questions, frequent_answers, normalise, read_questions, written_answers
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
 
@@ -65,14 +65,42 @@ def test_what_cannot_be_used_is_counted_and_named(shards: ShardReader, tmp_path:
         Questions(shards, write(tmp_path / "q", line("nowhere")), answered=False)
 
 
+def test_a_question_about_several_records_has_all_their_pictures_in_order(shards: ShardReader, tmp_path: Path) -> None:
+    def pair(left: str, right: str, **more: object) -> dict[str, object]:
+        return {"image_ids": [left, right], "question": "both red", "answers": ["true"], **more}
+
+    path = write(tmp_path / "q", pair("sample9", "sample2", set="one"), line("sample4", "alone?", "yes"),
+                 pair("sample2", "sample9", set="one"), pair("sample3", "nowhere"), pair("sample5", "sample3"),
+                 {"image_ids": ["sample1", "sample1", "sample0"], "question": "three?"})
+    questions = Questions(shards, path, answered=False)
+    assert "1 ask about pictures that these shards do not hold, such as 'nowhere'" in questions.left_out
+    assert "1 ask about a record without a picture" in questions.left_out
+    samples = [questions.sample(number) for number in range(len(questions))]
+    regions = {number: shards.sample(number).pictures[0].regions for number in (0, 1, 2, 4, 9)}
+    wanted = [("sample1", [1, 1, 0]), ("sample2", [2, 9]), ("sample4", [4]), ("sample9", [9, 2])]
+    for place, (sample, (key, numbers)) in enumerate(zip(samples, wanted, strict=True)):
+        assert sample.key == key and sample.speech is None
+        for picture, number in zip(sample.pictures, numbers, strict=True):
+            assert np.array_equal(picture.regions, regions[number])
+        assert questions.lengths.regions[place] == sum(len(regions[number]) for number in numbers)
+    assert [question.set for question in questions.questions] == ["", "one", "", "one"]
+    questions.prefetch([0, 3])  # nothing to fetch from a local folder
+    again = pickle.loads(pickle.dumps(questions))
+    assert [len(again.sample(number).pictures) for number in range(4)] == [3, 2, 1, 2]
+
+
 def test_ids_become_keys_as_extraction_makes_them(tmp_path: Path) -> None:
     path = write(tmp_path / "q", line(262148, "a?"), line("train/000.jpg", "a?"))
-    assert [question.key for question in read_questions(path)] == ["262148", "train-000-jpg"]
+    assert [question.keys for question in read_questions(path)] == [("262148",), ("train-000-jpg",)]
 
 
 @pytest.mark.parametrize("bad", ['{"image_id": "a"}', "nonsense", '{"image_id": "a", "question": " "}', "[]",
                                  '{"image_id": "a", "question": "b", "answers": "red"}',
                                  '{"image_id": null, "question": "b"}',
+                                 '{"image_ids": ["a"], "question": "b"}', '{"image_ids": "ab", "question": "b"}',
+                                 '{"image_ids": ["a", null], "question": "b"}',
+                                 '{"image_ids": ["a", "b"], "image_id": "a", "question": "b"}',
+                                 '{"image_id": "a", "question": "b", "set": 3}',
                                  "[" * 100_000, r'{"image_id": "a", "question": "half of a pair: \ud800"}',
                                  r'{"image_id": "a", "question": "b", "answers": ["\udc80"]}'])
 def test_a_bad_line_is_named(tmp_path: Path, bad: str) -> None:
@@ -103,6 +131,12 @@ def test_the_most_frequent_answers_come_first_and_equals_by_the_alphabet(tmp_pat
     questions = read_questions(path)
     assert frequent_answers(questions, 9) == ("red", "blue", "green")
     assert frequent_answers(questions, 2) == ("red", "blue")
+
+
+def test_candidates_are_spelled_as_they_were_written_most_often(tmp_path: Path) -> None:
+    path = write(tmp_path / "q", line("a", "?", "two", "2", "two "), line("a", "?", "a red", "red", "red"),
+                 line("a", "?", "Blue", "blue"))
+    assert written_answers(read_questions(path), 9) == ("two", "red", "Blue")
 
 
 def test_a_subset_reads_as_the_whole_does(shards: ShardReader) -> None:

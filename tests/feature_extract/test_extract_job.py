@@ -283,4 +283,4 @@ def test_questions_of_the_source_lie_beside_the_shards(tmp_path):
     reader = ShardReader(tmp_path / "out")
     assert len(reader.record(0).pictures) == 2 and reader.sample(0).caption == "Both are red."
     (question,) = read_questions(tmp_path / "out" / "questions.jsonl")
-    assert question.key == reader.sample(0).key and question.answers == ("true",)
+    assert question.keys == (reader.sample(0).key,) and question.answers == ("true",)

@@ -126,9 +126,9 @@ def test_vqa_lists_each_picture_once_and_all_questions(tmp_path):
                                    Item("393225", ("val2014/COCO_val2014_000000393225.jpg",))]  # fmt: skip
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in source.questions()))
-    assert read_questions(path) == [Question("262148", "Where is he looking?", ("down",) * 10),
-                                    Question("393225", "Is it hot?"),
-                                    Question("262148", "Is he wearing shoes?", ("yes", "no"))]  # fmt: skip
+    assert read_questions(path) == [Question(("262148",), "Where is he looking?", ("down",) * 10),
+                                    Question(("393225",), "Is it hot?"),
+                                    Question(("262148",), "Is he wearing shoes?", ("yes", "no"))]  # fmt: skip
 
 
 def test_vqa_test_questions_have_no_answers_and_broken_ones_are_named(tmp_path):
