@@ -181,7 +181,7 @@ def test_the_page_shows_gains_as_differences_and_baselines_beside_the_model(make
     write_result(Result("transcribe", tuple(speech.measure(spoken)[0]), PROVENANCE, 1.0), folder)
     config = retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",))
     write_result(Result("retrieval", tuple(retrieval.measure(make_task((6, 1)), config)[0]), PROVENANCE, 1.0), folder)
-    report(ReportConfig(tmp_path / "run"))
+    report(ReportConfig((tmp_path / "run",)))
     page = (tmp_path / "run" / "report.html").read_text()
     for words in ("no model: mean region", "What each modality adds", "to image + audio: ", "What the picture spares",
                   "What the recording adds to the caption", "What the model adds to its raw features"):  # fmt: skip
@@ -192,5 +192,5 @@ def test_the_page_shows_gains_as_differences_and_baselines_beside_the_model(make
 def test_a_page_of_older_results_needs_no_gains(tmp_path):
     scores = (Metric("classify.map.text", 0.7, 200, (0.6, 0.8), 0.1, modalities=("text",)),)
     write_result(Result("classify", scores, PROVENANCE, 1.0), tmp_path / "results")
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     assert "adds" not in (tmp_path / "report.html").read_text()

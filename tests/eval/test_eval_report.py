@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.markup import Line, Markup, curve, element, picture, short, whisker
+from eval.page.cards import marked
+from eval.page.dots import whisker
+from eval.page.lines import Line, curve, short
+from eval.page.markup import Markup, element, picture
 from eval.report import ReportConfig, report
 from eval.result import Metric, Provenance, Result, measured, write_result
-from eval.sections import marked
 from opt.config import UserError
 
 EVIL = '<script>alert("x")</script> & "quotes" <img src=x onerror=y>'
@@ -86,7 +88,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
     write_training(run)
     (run / "config.json").write_text(json.dumps({"system": "opt.tiny", "loop": {"steps": 30}}))
     (run / "seconds.json").write_text(json.dumps({"pretrain": 60, "total": 100.5}))
-    report(ReportConfig(run))
+    report(ReportConfig((run,)))
     page = (run / "report.html").read_text()
     balance = Balance()
     balance.feed(page)
@@ -115,7 +117,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
 
 def test_markup_in_captions_stays_text(tmp_path):
     run = make_run(tmp_path / "evil")
-    report(ReportConfig(run))
+    report(ReportConfig((run,)))
     page = (run / "report.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
 
@@ -123,28 +125,28 @@ def test_markup_in_captions_stays_text(tmp_path):
 @pytest.mark.parametrize("tasks", [["caption"], ["transcribe"], ["retrieval"], ["text_to_image"], ["classify"]])
 def test_missing_results_are_named_and_left_out(tmp_path, tasks):
     run = make_run(tmp_path / "some", tasks)
-    report(ReportConfig(run))
+    report(ReportConfig((run,)))
     page = (run / "report.html").read_text()
     assert page.count("this evaluation was not run") == 4 and "<h2>Training</h2>" not in page
 
 
 def test_training_alone_makes_a_page(tmp_path):
     write_training(tmp_path)
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     assert "<h2>Training</h2>" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "summary.json").read_text()) == {}
 
 
 def test_wrong_folders_are_sentences(tmp_path):
     with pytest.raises(UserError, match="holds neither"):
-        report(ReportConfig(tmp_path / "nowhere"))
+        report(ReportConfig((tmp_path / "nowhere",)))
     run = make_run(tmp_path / "run", ["caption"])
     (run / "seconds.json").write_text("[1]")
     with pytest.raises(UserError, match=r"seconds.json must hold a JSON object"):
-        report(ReportConfig(run))
+        report(ReportConfig((run,)))
     (run / "results" / "other.json").write_text("[]")
     with pytest.raises(UserError, match=r"other.json is not a result"):
-        report(ReportConfig(run))
+        report(ReportConfig((run,)))
 
 
 def test_elements_escape_and_pictures_stay_inside_their_folder(tmp_path):
@@ -178,11 +180,11 @@ def test_charts_keep_to_their_frame():
 )
 def test_lines_of_training_that_are_none_are_left_out(tmp_path, line):
     write_training(tmp_path)
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     page = (tmp_path / "report.html").read_bytes()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     assert (tmp_path / "report.html").read_bytes() == page
 
 
@@ -191,7 +193,7 @@ def test_times_that_are_none_are_named(tmp_path, content):
     run = make_run(tmp_path / "run", ["caption"])
     (run / "seconds.json").write_text(content)
     with pytest.raises(UserError, match="seconds.json"):
-        report(ReportConfig(run))
+        report(ReportConfig((run,)))
 
 
 def health(step):
@@ -207,7 +209,7 @@ def figures(page):
 
 def test_old_lines_draw_what_they_hold_and_new_ones_speed_gradient_and_memory(tmp_path):
     write_training(tmp_path)
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     old = figures((tmp_path / "report.html").read_text())
     assert set(old) == {"loss, all objectives", "masked &lt;b&gt;words&lt;/b&gt;", "flat", "real tokens a second",
                         "waiting for data"}
@@ -215,7 +217,7 @@ def test_old_lines_draw_what_they_hold_and_new_ones_speed_gradient_and_memory(tm
     new = [json.dumps(line | health(line["step"])) + "\n" for line in lines]
     skipped = {**lines[-1], "step": 31, "loss": None, "losses": {}, "gradient_norm": None, "skipped_steps": 10}
     (tmp_path / "metrics.jsonl").write_text("".join([*new, json.dumps(skipped)]))
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     page = (tmp_path / "report.html").read_text()
     assert set(figures(page)) == set(old) | {"gradient norm", "share of peak FLOP/s (MFU)", "memory, GiB",
                                              "learning rate", "steps skipped, so far"}
@@ -230,7 +232,7 @@ def test_the_best_validation_is_marked(tmp_path):
         lines.insert(step, json.dumps({"step": step, "validation": {"loss": loss, "losses": {"flat": loss}}}))
     lines += ['{"step": 30, "validation": {"loss": NaN}}', '{"step": 31, "validation": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     page = (tmp_path / "report.html").read_text()
     assert "best validation 3.250 at step 20" in page and "best 3.25 at step 20" in page
     assert page.count('class="best"') == 2 and "validation 3.5<" in page
@@ -238,10 +240,10 @@ def test_the_best_validation_is_marked(tmp_path):
 
 def test_long_runs_make_no_long_page(tmp_path):
     write_training(tmp_path, 200)
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     size = len((tmp_path / "report.html").read_text())
     write_training(tmp_path, 20_000)
-    report(ReportConfig(tmp_path))
+    report(ReportConfig((tmp_path,)))
     assert len((tmp_path / "report.html").read_text()) < 6 * size
 
 

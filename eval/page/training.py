@@ -1,4 +1,4 @@
-"""The report's section on training: what metrics.jsonl says, as small charts.
+"""The section on training: what metrics.jsonl says, as small charts, of one run or of several on common axes.
 
     loss with validation and its best step · a chart an objective · speed, share of peak, waiting, gradient, memory
 
@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from eval.markup import Line, Markup, curve, element, joined
-from eval.sections import Run
+from eval.page.dots import COLOURS
+from eval.page.lines import Line, Overlay, curve, overlay
+from eval.page.markup import Markup, element, joined
+from eval.page.run import Run
 
 Points = list[tuple[float, float]]
 WIDE = 620
+DASHES = 4
+"""Ways of dashing in page.css, one for each time that the colours of runs begin again."""
 SPREAD = 30
 """A gradient norm whose largest value is so many times its smallest is drawn by factors."""
 
@@ -33,6 +37,37 @@ def training(run: Run) -> Markup | None:
         element("div", losses, class_="curves"),
         [element("h3", "Speed, gradient and memory"), element("div", machine, class_="curves")] if machine else None,
     ])  # fmt: skip
+
+
+def together(runs: Sequence[Run]) -> Markup | None:
+    """The loss and every objective of all runs, one chart each; the legend names the lines."""
+    trained = {place: run for place, run in enumerate(runs) if len(_points(run.training, "loss")) > 1}
+    if not trained:
+        return None
+    objectives = dict.fromkeys(name for run in trained.values() for line in run.training for name in line["losses"])
+    charts = [_of_all(trained, "loss, all objectives", {place: _points(run.training, "loss")
+                                                        for place, run in trained.items()}, WIDE)]
+    for name in objectives:
+        points = {place: [(line["step"], line["losses"][name]) for line in run.training if name in line["losses"]]
+                  for place, run in trained.items()}  # fmt: skip
+        charts.append(_of_all(trained, name, points))
+    legend = [element("span", element("span", place + 1, class_=f"number run-{place % COLOURS}"), f" {run.name}")
+              for place, run in trained.items()]  # fmt: skip
+    return joined([
+        element("h2", "Training"),
+        element("p", "Running means of the training losses by step.", class_="hint"),
+        element("p", legend, class_="small legend"),
+        element("div", charts, class_="curves"),
+    ])  # fmt: skip
+
+
+def _of_all(runs: Mapping[int, Run], title: str, points: Mapping[int, Points], width: int = 300) -> Markup | None:
+    """One loss of the runs that have it."""
+    lines = [
+        Overlay(f"{place + 1} {runs[place].name}", f"run-{place % COLOURS} dash-{place // COLOURS % DASHES}", some)
+        for place, some in points.items() if len(some) > 1
+    ]  # fmt: skip
+    return overlay(title, lines, width) if lines else None
 
 
 def _loss(run: Run) -> Markup | None:

@@ -1,88 +1,15 @@
-"""HTML and SVG without a template language: elements that escape what is not markup already, and small charts.
+"""Line charts over training steps: one run's figure with what belongs to it, or the same figure of many runs.
 
 Charts are inline SVG in the page's own colours (CSS classes), so that they follow light and dark and need no script.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-VOID = {"img", "meta"}
-
-
-class Markup(str):
-    """Text that is markup already; every other string is escaped when it enters an element."""
-
-
-def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """`<name attributes>children</name>`. Lists are flattened, None is left out, `class_` is class, `x_y` is x-y."""
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
-    opening = f"<{name}" + "".join(f' {key}="{html.escape(str(value))}"' for key, value in pairs) + ">"
-    return Markup(opening if name in VOID else f"{opening}{joined(children)}</{name}>")
-
-
-def joined(children: Iterable[Any]) -> Markup:
-    """The children one after the other, escaped unless they are markup."""
-    parts: list[str] = []
-    for child in children:
-        if isinstance(child, list | tuple):
-            parts.append(joined(child))
-        elif child is not None:
-            parts.append(child if isinstance(child, Markup) else html.escape(str(child)))
-    return Markup("".join(parts))
-
-
-def picture(folder: Path, name: str | None, title: str = "", class_: str = "") -> Markup:
-    """The picture `folder`/`name` inside the page (data URI), or an empty frame when there is no such file."""
-    path = None if name is None else folder / name
-    if path is None or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        return element("div", "no picture", class_=f"missing {class_}")
-    kind = "png" if path.suffix == ".png" else "jpeg"
-    source = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return element("img", src=source, alt=title, title=title, class_=class_, loading="lazy")
-
-
-def whisker(value: float, interval: Sequence[float] | None, chance: float | None, top: float = 1.0) -> Markup:
-    """A score on a line from 0 to `top`: a bar to the value, its interval as a whisker, the chance level as a tick."""
-
-    def x(share: float) -> float:
-        return round(2 + 156 * min(max(share / top, 0), 1), 1)
-
-    parts = [
-        element("rect", x=2, y=7, width=156, height=6, rx=3, class_="track"),
-        element("rect", x=2, y=7, width=max(x(value) - 2, 0), height=6, rx=3, class_="bar"),
-    ]
-    if interval is not None:
-        parts.append(element("line", x1=x(interval[0]), x2=x(interval[1]), y1=10, y2=10, class_="interval"))
-        parts += [element("line", x1=x(end), x2=x(end), y1=6.5, y2=13.5, class_="interval") for end in interval]
-    if chance is not None:
-        parts.append(element("line", x1=x(chance), x2=x(chance), y1=2, y2=18, class_="chance"))
-    return element("svg", parts, viewBox="0 0 160 20", class_="whisker", role="img", aria_label=f"{100 * value:.1f} %")
-
-
-def difference(value: float, interval: Sequence[float], reach: float) -> Markup:
-    """A difference on a line from -`reach` to `reach`: a dot with its interval, nought as a tick."""
-
-    def x(amount: float) -> float:
-        return round(80 + 78 * min(max(amount / reach, -1), 1), 1)
-
-    return element(
-        "svg",
-        element("rect", x=2, y=9, width=156, height=2, rx=1, class_="track"),
-        element("line", x1=x(interval[0]), x2=x(interval[1]), y1=10, y2=10, class_="interval"),
-        element("line", x1=80, x2=80, y1=2, y2=18, class_="chance"),
-        element("circle", cx=x(value), cy=10, r=4, class_="dot"),
-        viewBox="0 0 160 20",
-        class_="whisker",
-        role="img",
-        aria_label=f"{100 * value:+.1f}",
-    )
+from eval.page.markup import Markup, element
 
 
 @dataclass(frozen=True)
@@ -133,6 +60,32 @@ def curve(
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """A run's line among those of others."""
+
+    name: str
+    class_: str
+    """Its colour and dashes in page.css."""
+    points: Sequence[tuple[float, float]]
+
+
+def overlay(title: str, lines: Sequence[Overlay], width: int = 300) -> Markup:
+    """The running means of the same figure of several runs on common axes."""
+    smooth = [_smoothed([y for _, y in line.points]) for line in lines]
+    low, high = _nice_range(min(map(min, smooth)), max(map(max, smooth)))
+    steps = [x for line in lines for x in (line.points[0][0], line.points[-1][0])]
+    frame = _Frame(min(steps), max(steps), low, high, False, width)
+    drawn = [
+        _polyline(frame, list(zip([x for x, _ in line.points], means, strict=True)), f"overlay {line.class_}",
+                  f"{line.name}: last {short(means[-1])}")
+        for line, means in zip(lines, smooth, strict=True)
+    ]  # fmt: skip
+    chart = element("svg", frame.drawn(), drawn, viewBox=f"0 0 {width} {frame.height}", class_="curve", role="img",
+                    aria_label=title)  # fmt: skip
+    return element("figure", element("figcaption", title), chart, class_="wide" if width > 300 else None)
+
+
+@dataclass(frozen=True)
 class _Frame:
     """From steps and values (their logarithms when `log`) to places in the chart."""
 
@@ -169,11 +122,12 @@ class _Frame:
         ]
 
 
-def _polyline(frame: _Frame, points: Sequence[tuple[float, float]], class_: str) -> Markup:
+def _polyline(frame: _Frame, points: Sequence[tuple[float, float]], class_: str, title: str | None = None) -> Markup:
     stride = math.ceil(len(points) / MOST_POINTS)
     kept = points if stride == 1 else [*points[::stride], points[-1]]
     places = [frame.place(x, y) for x, y in kept]
-    return element("polyline", points=" ".join(f"{x},{y}" for x, y in places), class_=class_)
+    said = None if title is None else element("title", title)
+    return element("polyline", said, points=" ".join(f"{x},{y}" for x, y in places), class_=class_)
 
 
 def _circle(frame: _Frame, point: tuple[float, float], radius: float, class_: str) -> Markup:

@@ -1,0 +1,143 @@
+"""What figures are called on the pages, and in what order they stand. A metric unknown here keeps its own name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from eval.result import Metric
+
+TITLES = {
+    "retrieval": "Retrieval",
+    "transcribe": "Transcription",
+    "caption": "Captions",
+    "text_to_image": "Pictures from text",
+    "vqa": "Questions",
+    "nlvr2": "True or false of two pictures",
+    "classify": "Linear probe",
+}
+OPTIONAL = {"vqa", "nlvr2"}
+"""Only a model tuned for them has these."""
+HINTS = {
+    "retrieval": "A caption, a recording, a picture or two of them are the query. R@k is the share of queries with a "
+    "right candidate among the first k; equal scores share their rank.",
+    "transcribe": "Lower is better. The text is written by the decoder; chance is handing each recording the caption "
+    "of another picture.",
+    "caption": "Written from the picture alone. Chance: the same captions dealt to other pictures. CIDEr-D is shown "
+    "a hundredfold, as is usual.",
+    "text_to_image": "Codes are drawn from the caption alone and decoded to 64 × 64 pixels; the region detector looks "
+    "at them. Chance: the same pictures judged by the captions of others.",
+    "vqa": "Chance: always the most frequent answer.",
+    "nlvr2": "Is the statement true of the two pictures? Consistency: all statements of a pair of pictures are right.",
+    "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture?",
+}
+DIRECTIONS = (
+    "text_to_image", "image_to_text", "text_to_audio", "audio_to_text", "text_audio_to_image",
+    "image_to_audio", "audio_to_image", "text_image_to_audio", "image_audio_to_text",
+    "image_to_text_audio", "audio_to_text_image", "text_to_image_audio",
+)  # fmt: skip
+"""The paper's five first."""
+PAPER = DIRECTIONS[:5]
+WAYS = {"": "by alignment", "_two_stage": "in two stages", "_all_pairs": "by matching all pairs"}
+"""How candidates are ordered, by the suffix of a recall's name."""
+WORDS = {
+    "retrieval.image_text.mean": "mean of R@1, 5 and 10, image and text, both ways",
+    "caption.object_hit": "captions that name an object that is there",
+    "caption.object_precision": "named objects that are there",
+    "caption.word_f1": "words shared with the reference captions (F1)",
+    **{f"caption.bleu{order}": f"BLEU-{order}" for order in (1, 2, 3, 4)},
+    "caption.rouge_l": "ROUGE-L",
+    "caption.cider_d": "CIDEr-D",
+    "caption.meteor": "METEOR",
+    "caption.spice": "SPICE",
+    "text_to_image.object_found": "a named object is found in the generated picture",
+    "text_to_image.object_found_true_codes": "the same in the true picture, decoded from its codes",
+    "text_to_image.object_found_real": "the same in the true picture",
+    "text_to_image.clip_score": "CLIPScore",
+    "text_to_image.r_precision": "own caption first among 100 (R-precision)",
+    "vqa.accuracy": "questions answered rightly (VQA accuracy)",
+    "vqa.accuracy.yes_no": "those answered by yes or no",
+    "vqa.accuracy.number": "those answered by a number",
+    "vqa.accuracy.other": "all others",
+    "nlvr2.accuracy": "statements judged rightly",
+    "nlvr2.consistency": "statements with all their pictures judged rightly",
+    "transcribe.wer_gain.image": "speech alone − speech and picture",
+    "retrieval.gain.text_audio_over_text.r1": "R@1 of the picture, by text + audio − by text",
+    "retrieval.gain.text_audio_over_text.r5": "R@5",
+    "retrieval.gain.text_audio_over_text.r10": "R@10",
+    **{f"classify.gain_over.{name}": f"all three − {name} alone" for name in ("text", "image", "audio")},
+}
+RAW = {"text": "word counts", "image": "mean region", "audio": "mean frame"}
+"""Raw features that are probed without any model."""
+RATES = {"wer": "word error rate", "cer": "character error rate"}
+NORMALISED = {"": "", "_raw": ", as written", "_whisper": ", Whisper's normaliser"}
+MODALITIES = ("text", "image", "audio")
+
+RECALL = re.compile(r"retrieval\.(?P<direction>\w+_to_\w+)\.r(?P<depth>\d+)(?P<way>_two_stage|_all_pairs|)")
+RATE = re.compile(r"transcribe\.(?P<rate>wer|cer)(?P<picture>_image_audio|)(?P<normalised>_raw|_whisper|)")
+NETWORK = re.compile(r"text_to_image\.(?P<kind>fid|kid)_(?P<network>\w+)")
+SUBSET = re.compile(r"classify\.map(?P<micro>_micro|)\.(?P<subset>\w+)")
+
+
+def words(metric: Metric) -> str:
+    """What a figure is, in words."""
+    name = metric.name
+    if name in WORDS:
+        return WORDS[name]
+    if found := RECALL.fullmatch(name):
+        way = WAYS[found["way"]] if found["way"] else ""
+        return f"{direction(found['direction'])}, R@{found['depth']}{', ' + way if way else ''}"
+    if found := RATE.fullmatch(name):
+        given = "speech and picture" if found["picture"] else "speech alone"
+        return f"{RATES[found['rate']]}, from {given}{NORMALISED[found['normalised']]}"
+    if found := NETWORK.fullmatch(name):
+        return f"{found['kind'].upper()}, features of {found['network']}"
+    if found := SUBSET.fullmatch(name):
+        subset = [word for word in found["subset"].split("_") if word in MODALITIES]
+        return " + ".join(subset or [found["subset"]]) + (", micro average" if found["micro"] else "")
+    if name.startswith("classify.baseline."):
+        return f"no model: {raw(metric)}"
+    if name.startswith("classify.gain."):
+        return gain(metric)
+    return name
+
+
+def direction(name: str) -> str:
+    """`text_audio_to_image` as `text + audio → image`."""
+    return " → ".join(side.replace("_", " + ") for side in name.split("_to_"))
+
+
+def raw(metric: Metric) -> str:
+    """The raw features of a baseline in words."""
+    return " + ".join(RAW.get(modality, modality) for modality in metric.modalities)
+
+
+def less(metric: Metric) -> list[str] | None:
+    """What a gain of the linear probe is measured over: some of its modalities, or None for raw features."""
+    over = metric.name.partition("_over_")[2].split("_")
+    return over if set(over) < set(metric.modalities) else None
+
+
+def gain(metric: Metric) -> str:
+    """A paired difference of the linear probe in words."""
+    over = less(metric)
+    return f"{' + '.join(metric.modalities)}, over {raw(metric) if over is None else ' + '.join(over)}"
+
+
+def is_gain(metric: Metric) -> bool:
+    """Whether a figure is a paired difference, shown in points."""
+    return re.search(r"[._]gain[._]", metric.name) is not None
+
+
+def in_order(metrics: Iterable[Metric]) -> list[Metric]:
+    """As they are, but recalls by direction, way and depth, the paper's directions first."""
+
+    def place(metric: Metric) -> tuple[int, int, int]:
+        found = RECALL.fullmatch(metric.name)
+        if found is None:
+            return (len(DIRECTIONS) + 1, 0, 0)
+        known = found["direction"] in DIRECTIONS
+        return (DIRECTIONS.index(found["direction"]) if known else len(DIRECTIONS), list(WAYS).index(found["way"]),
+                int(found["depth"]))  # fmt: skip
+
+    return sorted(metrics, key=place)
