@@ -16,9 +16,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +34,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One line: the keys of its records, the question and the annotators' answers as written, the set it belongs to."""
 
     keys: tuple[str, ...]

@@ -95,9 +95,9 @@ def test_nlvr2_sentences_of_one_pair_share_its_two_pictures(tmp_path):
                                    Item("train-10171-0", pictures, (NarrationItem("1", "Three cats."),))]  # fmt: skip
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in source.questions()))
-    pair = ("train-10171-0",)
-    assert read_questions(path) == [Question(pair, "Two dogs.", ("true",), "train-10171-0"),
-                                    Question(pair, "Three cats.", ("false",), "train-10171-1")]  # fmt: skip
+    keys = ("train-10171-0",)
+    assert read_questions(path) == [Question(keys, "Two dogs.", ("true",), "train-10171-0"),
+                                    Question(keys, "Three cats.", ("false",), "train-10171-1")]  # fmt: skip
 
 
 def test_nlvr2_options(tmp_path):
