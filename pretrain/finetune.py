@@ -31,6 +31,8 @@ from pretrain.limits import check
 from pretrain.parallel import processes, say
 from pretrain.run import train
 
+ALIGNED = ("retrieval-in-batch", "retrieval-hard")
+"""Tasks that need the shared space."""
 NEW_HEADS = ("align.", "temperature.", "answer_head.")
 """What a task may need and a model may lack."""
 
@@ -39,9 +41,12 @@ NEW_HEADS = ("align.", "temperature.", "answer_head.")
 class FinetuneConfig:
     """What to tune a model for, on what, where to, and how."""
 
-    task: Positional[Literal["captioning", "retrieval-margin", "retrieval-in-batch", "vqa-classes", "vqa-words"]]
+    task: Positional[Literal[
+        "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words"
+    ]]
     """captioning: write captions of pictures. retrieval-margin: rank true pairs of text and picture above false ones.
-    retrieval-in-batch: find text, picture and speech from each other. vqa-classes: answer questions from a list.
+    retrieval-in-batch: find text, picture and speech from each other. retrieval-hard: the same, and matching learns
+    from the pairs that this mistakes. vqa-classes: answer questions from a list.
     vqa-words: answer questions in words."""
     model: Path
     """Folder of a saved model, such as runs/demo/model."""
@@ -58,7 +63,7 @@ class FinetuneConfig:
     margin: float = 0.2
     """retrieval-margin: how much likelier a true pair must be than a false one (gap A18)."""
     alignment_width: int = 128
-    """retrieval-in-batch: width of the shared space, where the model has none yet."""
+    """retrieval-in-batch, -hard: width of the shared space, where the model has none yet."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=5e-5))
     tensorboard: bool = False
@@ -93,7 +98,7 @@ def finetune(config: FinetuneConfig) -> None:
 def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
     """The same model with the task in its configuration; heads that it lacks are new, seeded by the loop's seed."""
     model = dataclasses.replace(start.config, tuning=tuning)
-    if config.task == "retrieval-in-batch" and start.align is None:
+    if config.task in ALIGNED and start.align is None:
         model = dataclasses.replace(model, alignment_weight=1.0, alignment_width=config.alignment_width)
     torch.manual_seed(config.loop.seed)
     system = build("opt", model, start.tokenizer, start.facts)
@@ -142,7 +147,7 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
         return questions
     sizes = whole.lengths
     has = {"text": sizes.words > 0, "image": sizes.regions > 0, "audio": sizes.frames > 0}
-    if config.task == "retrieval-in-batch":
+    if config.task in ALIGNED:
         useful, need = np.sum(list(has.values()), axis=0) >= 2, "two of text, picture and speech"
     else:
         needed = ("text", *(config.given if config.task == "captioning" else ("image",)))

@@ -13,13 +13,14 @@ from opt.data.plan import BatchPlan, Plan
 from opt.data.record import Lengths
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, tiny
+from opt.systems.opt import model as opt_model
 from opt.systems.opt.config import Tuning
-from opt.systems.system import Progress, Sampling
+from opt.systems.system import Progress, Sampling, compose
 
 SMALL = dataclasses.replace(tiny().model, width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8)
 ANSWERS = ("yes", "no", "red")
 SAMPLES = {n: dataclasses.replace(fake_sample(n), answers=(("yes", "red")[n % 2],)) for n in range(12)}
-TASKS = ("captioning", "retrieval-margin", "retrieval-in-batch", "vqa-classes", "vqa-words")
+TASKS = ("captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words")
 
 
 def model(task: str, **tuning: object) -> OPT:
@@ -57,8 +58,9 @@ def words_of(batch: Batch, text: list[int]) -> str:
 def test_every_parameter_has_a_gradient_and_nothing_is_masked(task: str) -> None:
     system, batch = model(task), batch_of(model(task))
     terms = system(batch, Progress(0, 0.0)).terms
+    aligned = {"align_text_image", "align_text_audio", "align_image_audio"}
     trained = {"captioning": {"dtr"}, "retrieval-margin": {"ranking"}, "vqa-classes": {"answer"}, "vqa-words": {"dtr"},
-               "retrieval-in-batch": {"align_text_image", "align_text_audio", "align_image_audio"}}[task]
+               "retrieval-in-batch": aligned, "retrieval-hard": aligned | {"hard"}}[task]
     assert {name for name, term in terms.items() if term.count > 0} == trained
     loss(terms).backward()
     assert not [name for name, parameter in system.named_parameters() if parameter.grad is None]
@@ -154,6 +156,8 @@ def test_costs_count_the_tokens_of_a_batch() -> None:
     for task in TASKS:
         system = model(task)
         cost, tokens = system.preparer().cost(sizes).sum(), batch_of(system).tokens
+        if task == "retrieval-hard":  # pairs that are put together on the way
+            tokens += 3 * int((sizes.words + 2 + sizes.regions).sum())
         assert cost == pytest.approx(tokens, rel=0.25), task
 
 
@@ -170,3 +174,38 @@ def test_a_tuned_model_still_does_the_rest() -> None:
     assert system.embed(samples, ["text"]).shape == (3, 8)
     assert system.score(samples, ["text", "image"]).shape == (3,)
     assert system.generate_codes(samples, ["text"], Sampling()).shape == (3, 8, 8)
+
+
+def test_hard_pairs_are_the_wrong_ones_that_the_alignment_likes_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same pairs put together as samples and scored one by one."""
+    monkeypatch.setattr(opt_model, "draw_hard", lambda scores, wrong: scores.masked_fill(~wrong, -1e9).argmax(1))
+    samples = {**SAMPLES, 3: dataclasses.replace(SAMPLES[3], key="sample2")}  # two tellings of one picture
+    system = model("retrieval-hard").eval()
+    batch = batch_of(system, samples)
+    asked = [samples[int(number)] for number in _plan_order(system, samples)]
+    text, image = system.embed(asked, ["text"]), system.embed(asked, ["image"])
+    wrong = torch.tensor([[one.key != two.key for two in asked] for one in asked])
+    scores = (text @ image.T).masked_fill(~wrong, -1e9)
+    images, texts = scores.argmax(1).tolist(), scores.argmax(0).tolist()
+    pairs = [*zip(asked, asked, strict=True), *((one, asked[i]) for one, i in zip(asked, images, strict=True)),
+             *((asked[i], one) for one, i in zip(asked, texts, strict=True))]
+    logits = system.score([compose(text=one, image=two) for one, two in pairs], ["text", "image"])
+    target = torch.tensor([1.0] * len(asked) + [0.0] * (2 * len(asked)))
+    term = system(batch, Progress(0, 0.0)).terms["hard"]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    torch.testing.assert_close(term.total, expected, rtol=1e-4, atol=1e-4)
+    assert term.count == 3 * len(asked)
+
+
+def _plan_order(system: OPT, samples: dict) -> np.ndarray:
+    tasks, keys = system.preparer().tasks, np.arange(len(samples), dtype=np.uint64)
+    return Plan(0, np.ones(len(samples), np.int64), 100, tasks, keys, 1).batch_at(0).sample
+
+
+def test_a_batch_of_one_picture_has_no_wrong_pairs() -> None:
+    system = model("retrieval-hard").eval()
+    samples = {n: dataclasses.replace(SAMPLES[n], key="same") for n in range(3)}
+    term = system(batch_of(system, samples), Progress(0, 0.0)).terms["hard"]
+    assert term.count == 3 and torch.isfinite(term.total)
+    silent = {n: dataclasses.replace(SAMPLES[n], pictures=()) for n in range(3)}
+    assert loss(system(batch_of(system, silent), Progress(0, 0.0)).terms).isfinite()

@@ -27,7 +27,9 @@ class Shares:
     match: float = 1 / 6
 
 
-Downstream = Literal["pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "vqa-classes", "vqa-words"]
+Downstream = Literal[
+    "pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words"
+]
 
 
 @dataclass(frozen=True)

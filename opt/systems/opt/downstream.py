@@ -2,6 +2,7 @@
 
     captioning           the picture alone -> the text decoder writes the caption: what inference sees (gap A22)
     retrieval-in-batch   text, picture and speech alone, all three pairs -> contrast in the shared space
+    retrieval-hard       the same, and matching of true pairs against the false ones that the contrast takes for true
     retrieval-margin     the true pair, another picture, another text -> the matching head ranks them (gap A18)
     vqa-classes          question and picture -> the answer head, over a fixed list of answers (gap A22)
     vqa-words            question and picture -> the text decoder writes the answer
@@ -53,6 +54,8 @@ class DownstreamRows(Rows):
             return text + sum(size[name] for name in self.config.tuning.given)
         if self.task == "retrieval-in-batch":
             return sum(size.values()) + 1
+        if self.task == "retrieval-hard":
+            return sum(size.values()) + 1 + 3 * (text + lengths.regions)
         return (3 if self.task == "retrieval-margin" else 1) * (text + size["image"])
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch:
@@ -61,7 +64,7 @@ class DownstreamRows(Rows):
         for row, number in enumerate(map(int, plan.sample)):
             if self.task == "captioning":
                 work.write(number, self.config.tuning.given, samples[number].caption or "")
-            elif self.task == "retrieval-in-batch":
+            elif self.task in ("retrieval-in-batch", "retrieval-hard"):
                 work.alone(number)
             elif self.task == "retrieval-margin":
                 work.rank(number, [int(partner) for partner in plan.partners[row] if partner >= 0])
@@ -133,6 +136,9 @@ class _Work:
             extra["ranked"] = _integers(self.ranked, 3)
         counts = {name: len(target.index) for name, target in targets.items()}
         counts |= {name: len(pair) for name, pair in pairs.items()} | {"ranked": 2 * len(self.ranked)}
+        if self.rows.task == "retrieval-hard":
+            pictures = pairs["align_text_image"][:, 2]
+            counts["hard"] = len(pictures) * (3 if len(pictures.unique()) > 1 else 1)
         keys = [self.samples[number].key for number in rows]
         return self.packer.batch(keys, targets, extra, counts, writings=("text", "codes"))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opt.data.batch import Batch, TextTable
+from opt.data.layout import ranges
 from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
@@ -22,7 +23,7 @@ from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
 from opt.nn.states import States, side_by_side
 from opt.objectives.contrastive import in_batch
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
-from opt.objectives.matching import ALL_MATCH, five_way, margin_ranking, soft_classes
+from opt.objectives.matching import ALL_MATCH, draw_hard, five_way, margin_ranking, pairs_match, soft_classes
 from opt.objectives.term import Term
 from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
@@ -84,6 +85,7 @@ class OPT(System):
             **self._denoising(hidden_ND, batch),
             **self._alignment(first_SD, batch),
             **self._ranking(first_SD, batch),
+            **self._hard_pairs(first_SD, batch),
             **self._answering(hidden_ND, batch),
         }
         return Output(terms)
@@ -168,6 +170,26 @@ class OPT(System):
         logits_M3 = logits_S5[batch.extra["ranked"], ALL_MATCH]
         return {"ranking": margin_ranking(logits_M3[:, TRUE], logits_M3[:, OTHER_PICTURE:], batch.counts["ranked"],
                                           self.config.tuning.margin)}
+
+    def _hard_pairs(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
+        """Fine-tuning for retrieval: each true pair, its text with the picture and its picture with the text of another
+        that the alignment takes for right (ALBEF, section 3.2). Which ones is known on the host only after the first
+        encoding: the one step that waits for the device."""
+        if self.align is None or self.temperature is None or "hard" not in batch.counts:
+            return {}
+        text_B, image_B, picture_B = batch.extra["align_text_image"].unbind(1)
+        entries, own = self._entries(batch), np.arange(len(text_B))
+        text, image = _part(batch, entries, text_B, 0), _part(batch, entries, image_B, 1)
+        wrong_BB = picture_B[:, None] != picture_B
+        if not wrong_BB.any():
+            texts, images = own, own
+        else:
+            text_BE, image_BE = self.align["text"](first_SD[text_B]), self.align["image"](first_SD[image_B])
+            scores_BB = self.temperature() * text_BE @ image_BE.T
+            other_image, other_text = (draw_hard(scores, wrong_BB).cpu().numpy() for scores in (scores_BB, scores_BB.T))
+            texts, images = np.concatenate([own, own, other_text]), np.concatenate([own, other_image, own])
+        logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
+        return {"hard": pairs_match(logits_P[: len(own)], logits_P[len(own) :], batch.counts["hard"])}
 
     def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
         """Fine-tuning for questions: how right each answer of the list is (gap A22)."""
@@ -285,6 +307,15 @@ def _padded(hidden_ND: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     padded_SLD = nn.utils.rnn.pad_sequence(list(hidden_ND.split(lengths_S.tolist())), batch_first=True)
     places_L = torch.arange(padded_SLD.shape[1], device=hidden_ND.device)
     return padded_SLD, places_L[None, :] < lengths_S[:, None]
+
+
+def _part(batch: Batch, entries: Tensor, sequence_B: Tensor, skipped: int) -> States:
+    """The entries of whole sequences of the encoder's view, without the first `skipped`."""
+    view = batch.views["encoder"]
+    borders, chosen = view.layout.query_borders.cpu().numpy().astype(np.int64), sequence_B.cpu().numpy()
+    starts, lengths = borders[chosen] + skipped, np.diff(borders)[chosen] - skipped
+    index = torch.from_numpy(ranges(starts, lengths)).to(entries.device)
+    return States(nn.functional.embedding(view.gather[index], entries), lengths)
 
 
 def _highest_region(batch: Batch, hidden_ND: Tensor) -> Tensor:
