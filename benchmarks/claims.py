@@ -27,11 +27,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval import classification
-from eval.metrics import align, normalise
 from eval.naming import read_labels
 from eval.result import Metric, measured, read_result
 from eval.speech import TRANSCRIPTS
 from eval.task import Split, Task, open_split, open_task
+from eval.words import align, normalise
 from feature_extract.sources.spoken_scenes import CLASSES, draw
 from opt import cli
 from opt.data.shards import ShardReader

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import NORMALISER, normalise, word_f1
 from eval.naming import LabelFinder, read_labels
 from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from eval.words import NORMALISER, normalise, word_f1
 from opt.config import UserError
 from opt.systems.system import Sampling
 

@@ -1,88 +1,13 @@
-"""Scores that can be quoted: word error rate, average precision, and bootstrap intervals.
+"""Scores that can be quoted: average precision, and bootstrap intervals of any of them.
 
 All numpy, no model and no file. Shape legend: Q queries, C candidates or classes, N samples, S bootstrap resamples.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 RESAMPLES = 1000
-NORMALISER = "lower-case, no punctuation, single spaces"
-
-
-def normalise(text: str) -> str:
-    """`text` in lower case, hyphens as spaces, every other punctuation mark or symbol dropped, single spaces."""
-    spaced = re.sub(r"[-‐‑‒–—/]", " ", text.lower())
-    kept = "".join(letter for letter in spaced if unicodedata.category(letter)[0] not in "PS")
-    return " ".join(kept.split())
-
-
-# ---- words ----------------------------------------------------------------------------------------------------------
-
-
-class Edit(NamedTuple):
-    """One step from reference to hypothesis: `kind` is equal, substitute, delete or insert; the absent word is ""."""
-
-    kind: str
-    reference: str
-    hypothesis: str
-
-
-def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Edit]:
-    """The fewest edits (Levenshtein over words) that turn `reference` into `hypothesis`, equal words included."""
-    table = _edit_distances(reference, hypothesis)
-    row, column, edits = len(reference), len(hypothesis), []
-    while row or column:
-        if row and column:
-            changed = reference[row - 1] != hypothesis[column - 1]
-            if table[row, column] == table[row - 1, column - 1] + changed:
-                row, column = row - 1, column - 1
-                edits.append(Edit("substitute" if changed else "equal", reference[row], hypothesis[column]))
-                continue
-        if row and table[row, column] == table[row - 1, column] + 1:
-            row -= 1
-            edits.append(Edit("delete", reference[row], ""))
-        else:
-            column -= 1
-            edits.append(Edit("insert", "", hypothesis[column]))
-    return edits[::-1]
-
-
-def word_errors(reference: str, hypothesis: str) -> int:
-    """Substitutions, deletions and insertions between two normalised texts."""
-    return int(_edit_distances(reference.split(), hypothesis.split())[-1, -1])
-
-
-def word_f1(hypothesis: str, references: Sequence[str]) -> float:
-    """Overlap of words (with their counts) between normalised texts, as F1 in [0, 1]; the best reference counts."""
-    words = Counter(hypothesis.split())
-    best = 0.0
-    for reference in references:
-        others = Counter(reference.split())
-        total = words.total() + others.total()
-        best = max(best, 2 * (words & others).total() / total if total else 0.0)
-    return best
-
-
-def _edit_distances(reference: Sequence[str], hypothesis: Sequence[str]) -> np.ndarray:
-    """(len(reference) + 1, len(hypothesis) + 1) int64: fewest edits between the first i and the first j words."""
-    numbers = {word: number for number, word in enumerate({*reference, *hypothesis})}
-    target = np.array([numbers[word] for word in hypothesis], np.int64)
-    steps = np.arange(len(target) + 1)
-    table = np.empty((len(reference) + 1, len(target) + 1), np.int64)
-    table[0] = steps
-    for row, word in enumerate(reference, start=1):
-        table[row] = table[row - 1] + 1
-        table[row, 1:] = np.minimum(table[row, 1:], table[row - 1, :-1] + (target != numbers[word]))
-        table[row] = np.minimum.accumulate(table[row] - steps) + steps  # insertions, all columns at once
-    return table
 
 
 # ---- classification -------------------------------------------------------------------------------------------------
@@ -136,20 +61,29 @@ def resampled(
 ) -> np.ndarray:
     """sum(values) / sum(sizes) in every bootstrap resample, (S,); without `sizes` this is the mean.
 
-    `groups` (N,) int names what is drawn together: narrations of one picture are not independent. The same groups and
-    seed are drawn alike for other values too, so that their draws are paired.
+    Draws of the same groups and seed are the same, so that those of two methods are paired.
     """
-    sizes = np.ones(len(values)) if sizes is None else sizes
-    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    over, under = np.bincount(groups, weights=values), np.bincount(groups, weights=sizes)
-    random, count = np.random.default_rng(seed), len(over)
-    ratios, done = np.empty(RESAMPLES), 0
+    over_S, under_S = resampled_sums(
+        np.stack([values, np.ones(len(values)) if sizes is None else sizes], axis=1), seed, groups
+    ).T
+    return over_S / np.maximum(under_S, 1e-300)
+
+
+def resampled_sums(values_NK: np.ndarray, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Sums over the samples of each bootstrap resample, (S, K) float64.
+
+    `groups` (N,) int names what is drawn together: narrations of one picture are not independent.
+    """
+    groups = np.arange(len(values_NK)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums_GK = np.stack([np.bincount(groups, weights=column) for column in values_NK.T], axis=1)
+    random, count = np.random.default_rng(seed), len(sums_GK)
+    sums_SK, done = np.empty((RESAMPLES, values_NK.shape[1])), 0
     while done < RESAMPLES:  # in pieces, so that 25,000 queries need no more memory than 200
         piece = min(RESAMPLES - done, max(1, 4_000_000 // count))
         drawn = random.multinomial(count, np.full(count, 1 / count), size=piece).astype(np.float64)
-        ratios[done : done + piece] = (drawn @ over) / np.maximum(drawn @ under, 1e-300)
+        sums_SK[done : done + piece] = drawn @ sums_GK
         done += piece
-    return ratios
+    return sums_SK
 
 
 def interval(draws: np.ndarray, value: float | None = None) -> tuple[float, float]:

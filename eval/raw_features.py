@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from eval.metrics import normalise
+from eval.words import normalise
 from opt.data.record import Sample
 
 VOCABULARY = 2000

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.matching import Matching
-from eval.metrics import interval, normalise, resampled
+from eval.metrics import interval, resampled
 from eval.protocols import PROTOCOLS
 from eval.ranking import chance_recall
 from eval.result import Findings, Metric, measured
 from eval.searches import SHOWN, Modalities, Search, Searches
 from eval.task import EvalConfig, Split, Task, open_task
+from eval.words import normalise
 from opt.config import UserError
 
 DIRECTIONS: dict[str, tuple[Modalities, Modalities]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import NORMALISER, normalise, word_errors
 from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from eval.words import NORMALISER, normalise, word_errors
 from opt.config import UserError
 from opt.data.record import Sample
 from opt.files import write_atomic

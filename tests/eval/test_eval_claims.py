@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from eval import classification, retrieval, speech
-from eval.metrics import interval, mean_average_precision, normalise, resample_counts, word_errors
+from eval.metrics import interval, mean_average_precision, resample_counts
 from eval.raw_features import raw_features, vocabulary
 from eval.report import ReportConfig, report
 from eval.result import Metric, Provenance, Result, write_result
+from eval.words import normalise, word_errors
 from opt.data.record import Picture, Sample
 
 PROVENANCE = Provenance("opt", "a" * 64, "b" * 64, 200, 0, "opt eval X", "0.1.0")
