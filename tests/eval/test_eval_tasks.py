@@ -1,4 +1,4 @@
-"""Transcription, captions, pictures and the linear probe on a system whose answers are known."""
+"""Transcription, captions and the linear probe on a system whose answers are known."""
 
 import dataclasses
 import json
@@ -7,10 +7,9 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from eval import captioning, classification, image_generation, speech
+from eval import captioning, classification, speech
 from eval.result import Metric, Result, measured, read_result, write_result
 from opt.config import UserError
 from opt.systems.system import Sampling
@@ -42,9 +41,6 @@ def test_a_figure_says_how_its_text_was_searched_for(make_task, tmp_path):
     config = captioning.CaptionConfig(*HERE, sampling=beams, labels=write_labels(tmp_path / "l", 3, lambda n: ["cat"]))
     for name, metric in by_name(captioning.measure(make_task((3, 1)), config)[0]).items():
         assert "beam search, 4 beams" in metric.note, name
-    drawing = image_generation.TextToImageConfig(*HERE, sampling=Sampling(top_p=0.9, seed=3))
-    drawn = image_generation.measure(make_task((3, 1)), drawing, ["number 1"], decode, detect)[0]
-    assert drawn[0].note == "top-32 sampling from the nucleus of 0.9 at temperature 1, seed 3"
 
 
 def test_transcription_without_speech_is_a_sentence(make_task):
@@ -95,35 +91,6 @@ def test_a_labels_file_without_labels_is_not_taken_for_none_given(make_task, tmp
     empty = write_labels(tmp_path / "labels.jsonl", 0, str)
     with pytest.raises(UserError, match="holds no labels"):
         captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE, labels=empty))
-
-
-def decode(codes):
-    return [Image.new("RGB", (64, 64), (int(code[0, 0]), 0, 0)) for code in codes]
-
-
-def detect(picture):
-    value = picture.resize((1, 1)).getpixel((0, 0))[0]
-    return frozenset({f"number {value}"})
-
-
-def test_generated_pictures_are_looked_at_by_the_detector(make_task):
-    task = make_task((6, 2))
-    config = image_generation.TextToImageConfig(*HERE)
-    classes = [f"number {number}" for number in range(6)]
-    metrics, absent, examples, _ = image_generation.measure(task, config, classes, decode, detect)
-    found = by_name(metrics)
-    assert found["text_to_image.object_found"].value == found["text_to_image.object_found_true_codes"].value == 1.0
-    assert found["text_to_image.object_found"].n == 6 and found["text_to_image.object_found"].chance == 0.0
-    assert "text_to_image.object_found_real" in found and not absent
-    assert (task.folder / examples[5]["generated"]).is_file() and (task.folder / examples[5]["true_codes"]).is_file()
-    assert Image.open(task.folder / "text_to_image" / "sheet.png").size[0] > 600
-
-
-@pytest.mark.parametrize(("classes", "reason"), [((), "have no names"), (("dog",), "no caption names a class")])
-def test_pictures_without_named_classes_have_no_figure_but_a_reason(make_task, classes, reason):
-    config = image_generation.TextToImageConfig(*HERE)
-    metrics, absent, examples, _ = image_generation.measure(make_task((3, 1)), config, classes, decode, detect)
-    assert not metrics and reason in absent["text_to_image.object_found"] and len(examples) == 3
 
 
 def test_the_probe_finds_the_minimum_that_scikit_learn_finds():

@@ -1,0 +1,1 @@
+"""Generated pictures and what judges them: `opt eval text-to-image`."""
