@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from opt.checkpoint import from_pretrained, read_history
 from opt.config import UserError, read_json
-from opt.data.questions import Question, Questions, frequent_answers, normalise
+from opt.data.questions import TRUTHS, Question, Questions, frequent_answers, normalise
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
 from opt.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from opt.history import Stage, corpora_of
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT
 from opt.systems.opt.config import Tuning
+from opt.systems.opt.downstream import DownstreamRows
 from opt.systems.system import DataFacts, System, build
 from pretrain.limits import check
 from pretrain.parallel import processes, say
@@ -33,6 +34,8 @@ from pretrain.run import train
 
 ALIGNED = ("retrieval-in-batch", "retrieval-hard")
 """Tasks that need the shared space."""
+ASKING = ("vqa-classes", "vqa-words", "nlvr2")
+"""Tasks that need questions."""
 NEW_HEADS = ("align.", "temperature.", "answer_head.")
 """What a task may need and a model may lack."""
 
@@ -42,12 +45,13 @@ class FinetuneConfig:
     """What to tune a model for, on what, where to, and how."""
 
     task: Positional[Literal[
-        "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words"
+        "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words",
+        "nlvr2",
     ]]
     """captioning: write captions of pictures. retrieval-margin: rank true pairs of text and picture above false ones.
     retrieval-in-batch: find text, picture and speech from each other. retrieval-hard: the same, and matching learns
     from the pairs that this mistakes. vqa-classes: answer questions from a list.
-    vqa-words: answer questions in words."""
+    vqa-words: answer questions in words. nlvr2: tell true sentences about two pictures from false ones."""
     model: Path
     """Folder of a saved model, such as runs/demo/model."""
     shards: Path
@@ -55,7 +59,8 @@ class FinetuneConfig:
     out: Path
     """The run's folder. The same command again goes on from its newest checkpoint."""
     questions: Path | None = None
-    """vqa: lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards."""
+    """vqa: lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards. nlvr2: the same
+    with sentences, answered by true or false; two pictures are "image_ids": [..., ...], or one record's."""
     answers: int = 3129
     """vqa-classes: length of the list, the most frequent answers of the questions (gap A22)."""
     given: tuple[Literal["image", "audio"], ...] = ("image",)
@@ -90,6 +95,9 @@ def finetune(config: FinetuneConfig) -> None:
     with processes() as device:
         reader = _reader(config, start.facts)
         system = tuned(start, _tuning(config, start, reader), config)
+        rows = system.preparer()
+        if isinstance(reader, Questions) and isinstance(rows, DownstreamRows):
+            rows.require(reader.sample(0))
         model = read_json(config.model / "config.json")["sha256"]
         stage = Stage("finetune", config.task, corpora_of(reader), f"model {model}")
         train(system, reader, config, device, (*read_history(config.model), stage), f"model {model}")
@@ -102,7 +110,8 @@ def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
         model = dataclasses.replace(model, alignment_weight=1.0, alignment_width=config.alignment_width)
     torch.manual_seed(config.loop.seed)
     system = build("opt", model, start.tokenizer, start.facts)
-    same_list = tuning.answers == start.config.tuning.answers
+    before = start.config.tuning
+    same_list = (tuning.answers, tuning.pictures) == (before.answers, before.pictures)
     kept = {name: weight for name, weight in start.state_dict().items()
             if same_list or not name.startswith("answer_head.")}
     missing, unexpected = system.load_state_dict(kept, strict=False)
@@ -121,10 +130,10 @@ def _check(config: FinetuneConfig) -> None:
     if config.loop.validate_every or config.loop.patience:
         raise UserError("fine-tuning validates nothing; leave out --loop.validate-every and --loop.patience")
     check(config.optim, "optim")
-    if config.task.startswith("vqa") and config.questions is None:
+    if config.task in ASKING and config.questions is None:
         raise UserError(f"{config.task} needs --questions: lines of questions and answers about the pictures")
-    if not config.task.startswith("vqa") and config.questions is not None:
-        raise UserError(f"{config.task} reads no --questions; leave them out, or choose vqa-classes or vqa-words")
+    if config.task not in ASKING and config.questions is not None:
+        raise UserError(f"{config.task} reads no --questions; leave them out, or choose {', '.join(ASKING)}")
     if config.answers < 1 or config.alignment_width < 1:
         raise UserError(f"--answers {config.answers} --alignment-width {config.alignment_width}: must be at least 1")
     if not 0 <= config.margin < 1:
@@ -161,15 +170,27 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
 
 def _tuning(config: FinetuneConfig, start: OPT, reader: ShardReader) -> Tuning:
     """The task and its settings; the list of answers stays the model's own unless this task makes one."""
-    answers = start.config.tuning.answers
+    answers, pictures = start.config.tuning.answers, start.config.tuning.pictures
     if config.task == "vqa-classes":
         assert isinstance(reader, Questions)
-        answers = frequent_answers(reader.questions, config.answers)
+        answers, pictures = frequent_answers(reader.questions, config.answers), 1
         say(_coverage(reader.questions, answers))
     if config.task == "vqa-words":
         assert isinstance(reader, Questions)
         say(_spelling(reader.questions, start.tokenizer))
-    return Tuning(config.task, config.given, config.margin, answers)
+    if config.task == "nlvr2":
+        assert isinstance(reader, Questions)
+        answers, pictures = TRUTHS, 2
+        _check_truths(reader.questions)
+    return Tuning(config.task, config.given, config.margin, answers, pictures)
+
+
+def _check_truths(statements: list[Question]) -> None:
+    """Raises UserError where an answer is neither true nor false."""
+    for statement in statements:
+        if wrong := next((answer for answer in statement.answers if normalise(answer) not in TRUTHS), None):
+            raise UserError(f"--questions: {statement.text!r:.80} is answered by {wrong!r:.40}; nlvr2 tells true from "
+                            "false, choose vqa-classes or vqa-words for other answers")
 
 
 def _coverage(questions: list[Question], answers: tuple[str, ...]) -> str:

@@ -29,6 +29,8 @@ from opt.data.subset import Subset
 from opt.files import sha256
 
 NORMALISER = "lower-case, no punctuation but within numbers, no articles, number words up to ten as digits"
+TRUTHS = ("false", "true")
+"""Answers to statements (NLVR2)."""
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}

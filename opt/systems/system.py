@@ -230,9 +230,20 @@ class System(nn.Module):
         """Image codes (B, 8, 8) int64, drawn from the named modalities alone."""
         raise self._cannot("draw pictures")
 
-    def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """One answer a sample, whose caption is a question about its picture."""
+    def answer(
+        self, samples: Sequence[Sample], candidates: Sequence[str] | None = None, shortlist: int = 0
+    ) -> list[str]:
+        """One answer a sample, whose caption is a question about its picture or pictures.
+
+        candidates: the one whose tokens and end have the highest probability together (the sum of their logarithms, not
+        divided by the length). shortlist: of so many whose first token is likeliest; 0: of all.
+        """
         raise self._cannot("answer questions")
+
+    @property
+    def answering(self) -> str:
+        """How `answer` answers without candidates, in words for the note beside a figure."""
+        return ""
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,8 @@ class Shares:
 
 
 Downstream = Literal[
-    "pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words"
+    "pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words",
+    "nlvr2",
 ]
 
 
@@ -43,6 +44,13 @@ class Tuning:
     """How much likelier a true pair must be than a false one (gap A18)."""
     answers: tuple[str, ...] = ()
     """The list that questions are answered from (gap A22)."""
+    pictures: int = 1
+    """How many pictures those questions are about: the answer head reads as many [CLS] side by side."""
+
+    @property
+    def about(self) -> int:
+        """How many pictures a question of the task is about."""
+        return 2 if self.task == "nlvr2" else 1
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@
     retrieval-margin     the true pair, another picture, another text -> the matching head ranks them (gap A18)
     vqa-classes          question and picture -> the answer head, over a fixed list of answers (gap A22)
     vqa-words            question and picture -> the text decoder writes the answer
+    nlvr2                sentence and left picture, sentence and right picture, side by side -> the answer head (UNITER)
 
 Nothing is hidden. Heads that a task does not train run on no rows, so that every parameter has a gradient each step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from opt.config import UserError
 from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import Packer, Place
@@ -56,6 +60,8 @@ class DownstreamRows(Rows):
             return sum(size.values()) + 1
         if self.task == "retrieval-hard":
             return sum(size.values()) + 1 + 3 * (text + lengths.regions)
+        if self.task == "nlvr2":
+            return 2 * text + lengths.regions
         return (3 if self.task == "retrieval-margin" else 1) * (text + size["image"])
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch:
@@ -68,13 +74,36 @@ class DownstreamRows(Rows):
                 work.alone(number)
             elif self.task == "retrieval-margin":
                 work.rank(number, [int(partner) for partner in plan.partners[row] if partner >= 0])
-            elif self.task == "vqa-classes":
+            elif self.task in ("vqa-classes", "nlvr2"):
                 work.classify(number)
             else:  # one of the annotators' answers, another one in another epoch
+                self.require(samples[number])
                 answers = samples[number].answers
                 drawn = corrupt.row_generator(int(plan.key[row])).integers(len(answers))
                 work.write(number, ("text", "image"), answers[drawn])
         return work.batch(plan.sample.tolist())
+
+    def questions(self, samples: Sequence[Sample]) -> Batch:
+        """Questions to be answered from the list: sequences of question and picture, `Tuning.about` a sample.
+
+        Raises UserError where a picture has no regions.
+        """
+        work = _Work(self, dict(enumerate(samples)))
+        for number, sample in enumerate(samples):
+            if any(picture.regions is None for picture in sample.pictures):
+                raise UserError(f"sample {sample.key!r} has no regions; questions are answered by them")
+            work.ask(number)
+        return work.packer.batch([sample.key for sample in samples], {}, {}, {})
+
+    def require(self, sample: Sample) -> None:
+        """Raises UserError for a question about more or fewer pictures than those of the task."""
+        about = self.config.tuning.about
+        if len(sample.pictures) != about:
+            raise UserError(
+                f"the question {sample.caption!r:.80} about {sample.key!r} has {_pictures(len(sample.pictures))}; a "
+                f"model tuned for {self.task} answers questions about {_pictures(about)}: `opt finetune nlvr2` tunes "
+                "for two pictures, vqa-classes and vqa-words for one"
+            )
 
     def scores(self, answers: tuple[str, ...]) -> dict[int, float]:
         """How right each answer of the list is, by its place: 1 for a single annotator's, else by how many agree."""
@@ -91,7 +120,7 @@ class _Work:
         self.packer = Packer(rows.region_width, rows.speech_width)
         self.cleans: dict[int, Clean] = {}
         self.ranked: list[list[int]] = []
-        self.asked: list[int] = []
+        self.asked: list[list[int]] = []
         self.answers: list[tuple[int, int]] = []
         self.scores: list[float] = []
 
@@ -120,17 +149,28 @@ class _Work:
             self.ranked.append([true.number, *(place.number for place in false)])
 
     def classify(self, number: int) -> None:
-        """[CLS] of question and picture against the list of answers."""
-        place = self._sequence(number, ("text", "image"))
+        """[CLS] of question and picture, of each picture, against the list of answers."""
+        places = self.ask(number)
         scores = self.rows.scores(self.samples[number].answers)
         self.answers += [(len(self.asked), answer) for answer in scores]
         self.scores += scores.values()
-        self.asked.append(place.start)
+        self.asked.append([place.start for place in places])
+
+    def ask(self, number: int) -> list[Place]:
+        """The question beside each of its pictures, a sequence each."""
+        sample = self.samples[number]
+        self.rows.require(sample)
+        words, places = self._clean(number, ("text",)).parts, []
+        for picture in sample.pictures:
+            seen, _ = self.rows.parts(self.packer, dataclasses.replace(sample, pictures=(picture,)), ("image",))
+            places.append(self.packer.sequence("encoder", self.rows.join(self.packer, words | seen)))
+        return places
 
     def batch(self, rows: list[int]) -> Batch:
         """Everything packed, `rows` being the sample of each; targets of tasks that are not trained are empty."""
         none, pairs = Collected(), alignment_pairs([self.cleans[number] for number in rows])
-        targets = {**none.targets(), "answer": Targets(_integers(self.asked), _integers(self.answers, 2))}
+        asked = _integers(self.asked, self.rows.config.tuning.pictures)
+        targets = {**none.targets(), "answer": Targets(asked, _integers(self.answers, 2))}
         extra = {**none.extra(), **pairs, "answer_scores": torch.tensor(self.scores, dtype=torch.float32)}
         if self.rows.task == "retrieval-margin":
             extra["ranked"] = _integers(self.ranked, 3)
@@ -157,6 +197,10 @@ class _Work:
         both = ("text", "image")
         parts = {"text": self._clean(text, both).parts["text"], "image": self._clean(picture, both).parts["image"]}
         return self.packer.sequence("encoder", self.rows.join(self.packer, parts))
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'s' * (count != 1)}"
 
 
 def _integers(values: list, width: int = 0) -> torch.Tensor:

@@ -28,11 +28,13 @@ from opt.objectives.term import Term
 from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
+from opt.systems.opt.ranking import rank
 from opt.systems.opt.rows import Rows
 from opt.systems.opt.writing import write
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress, Sampling, System
 
 CODES = CODE_GRID[0] * CODE_GRID[1]
+ANSWERING = ("vqa-classes", "vqa-words", "nlvr2")
 
 
 class OPT(System):
@@ -66,7 +68,7 @@ class OPT(System):
                                     ("text", "image", "audio")}) if config.alignment_weight > 0 else None
         self.temperature = Temperature() if config.alignment_weight > 0 else None
         answers = len(config.tuning.answers)
-        self.answer_head = AnswerHead(width, answers) if answers else None
+        self.answer_head = AnswerHead(width * config.tuning.pictures, answers) if answers else None
         self.apply(_initialise)
 
     def preparer(self) -> Rows:
@@ -181,22 +183,22 @@ class OPT(System):
         entries, own = self._entries(batch), np.arange(len(text_B))
         text, image = _part(batch, entries, text_B, 0), _part(batch, entries, image_B, 1)
         wrong_BB = picture_B[:, None] != picture_B
-        if not wrong_BB.any():
+        if len(set(picture_B.tolist())) < 2:
             texts, images = own, own
         else:
             text_BE, image_BE = self.align["text"](first_SD[text_B]), self.align["image"](first_SD[image_B])
             scores_BB = self.temperature() * text_BE @ image_BE.T
-            other_image, other_text = (draw_hard(scores, wrong_BB).cpu().numpy() for scores in (scores_BB, scores_BB.T))
+            other_image, other_text = (_on_host(draw_hard(scores, wrong_BB)) for scores in (scores_BB, scores_BB.T))
             texts, images = np.concatenate([own, own, other_text]), np.concatenate([own, other_image, own])
         logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
         return {"hard": pairs_match(logits_P[: len(own)], logits_P[len(own) :], batch.counts["hard"])}
 
     def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
-        """Fine-tuning for questions: how right each answer of the list is (gap A22)."""
+        """Fine-tuning for questions: how right each answer of the list is (gap A22), by [CLS] of each picture."""
         if self.answer_head is None or "answer" not in batch.targets:
             return {}
         target = batch.targets["answer"]
-        logits_MA = self.answer_head(self.pooler(hidden_ND[target.index]))
+        logits_MA = self.answer_head(self.pooler(hidden_ND[target.index]).flatten(1))
         target_MA = torch.zeros(logits_MA.shape, device=logits_MA.device)
         target_MA[target.label[:, 0], target.label[:, 1]] = batch.extra["answer_scores"]
         return {"answer": soft_classes(logits_MA, target_MA, batch.counts["answer"])}
@@ -264,15 +266,45 @@ class OPT(System):
         return torch.cat(parts, dim=1).float()
 
     @torch.inference_mode()
-    def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """The likeliest of the list of answers, or words, as the model was tuned for."""
-        tuning, asked = self.config.tuning, ("text", "image")
+    def answer(
+        self, samples: Sequence[Sample], candidates: Sequence[str] | None = None, shortlist: int = 0
+    ) -> list[str]:
+        """The likeliest of the list of answers, or words, as the model was tuned for; vqa-words ranks candidates."""
+        rows, tuning = self.preparer(), self.config.tuning
+        if not isinstance(rows, DownstreamRows) or tuning.task not in ANSWERING:
+            raise self._cannot(f"answer before it is tuned for that (`opt finetune` {' or '.join(ANSWERING)})")
+        for sample in samples:
+            rows.require(sample)
         if tuning.task == "vqa-words":
-            return self.generate_text(samples, asked, Sampling())
-        if tuning.task != "vqa-classes" or self.answer_head is None:
-            raise self._cannot("answer questions before it is tuned for them (`opt finetune vqa-classes` or vqa-words)")
-        best_B = self.answer_head(self.pooler(self._encode_samples(samples, asked)[2])).argmax(dim=-1)
+            if candidates is None:
+                return self.generate_text(samples, ("text", "image"), Sampling())
+            return self._ranked(samples, candidates, shortlist)
+        if candidates is not None:
+            raise self._cannot(f"rank candidates when tuned for {tuning.task}: it answers from its own list of "
+                               f"{len(tuning.answers):,}, vqa-words ranks")
+        assert self.answer_head is not None
+        first_SD = self.encode(rows.questions(samples).to(self.device))[1]
+        best_B = self.answer_head(self.pooler(first_SD).view(len(samples), -1)).argmax(dim=-1)
         return [tuning.answers[place] for place in best_B.tolist()]
+
+    def _ranked(self, samples: Sequence[Sample], candidates: Sequence[str], shortlist: int) -> list[str]:
+        """The candidate that the text decoder would write with the highest probability. Equals: the first."""
+        ids = [np.append(self.tokenizer.encode(each, self.config.text_positions - 2), self.tokenizer.eos)
+               for each in candidates]
+        batch, hidden_ND, _ = self._encode_samples(samples, ("text", "image"))
+        context = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
+        best_B = rank(self.text_decoder, self.text.token.weight, *context, self.tokenizer.bos, ids, shortlist)
+        return [candidates[place] for place in best_B.tolist()]
+
+    @property
+    def answering(self) -> str:
+        """How `answer` answers without candidates."""
+        tuning = self.config.tuning
+        return {
+            "vqa-words": f"written by the decoder, {Sampling().for_text().protocol}",
+            "vqa-classes": f"classified among {len(tuning.answers):,} answers",
+            "nlvr2": "classified; the sentence beside each picture by itself, both readings side by side",
+        }.get(tuning.task, "")
 
     @torch.inference_mode()
     def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:
@@ -309,10 +341,15 @@ def _padded(hidden_ND: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     return padded_SLD, places_L[None, :] < lengths_S[:, None]
 
 
+def _on_host(values: Tensor) -> np.ndarray:
+    """int64, by way of numbers: on tensors that have no values this is an error of its own kind (pretrain/estimate)."""
+    return np.array(values.tolist(), np.int64)
+
+
 def _part(batch: Batch, entries: Tensor, sequence_B: Tensor, skipped: int) -> States:
     """The entries of whole sequences of the encoder's view, without the first `skipped`."""
     view = batch.views["encoder"]
-    borders, chosen = view.layout.query_borders.cpu().numpy().astype(np.int64), sequence_B.cpu().numpy()
+    borders, chosen = _on_host(view.layout.query_borders), _on_host(sequence_B)
     starts, lengths = borders[chosen] + skipped, np.diff(borders)[chosen] - skipped
     index = torch.from_numpy(ranges(starts, lengths)).to(entries.device)
     return States(nn.functional.embedding(view.gather[index], entries), lengths)
