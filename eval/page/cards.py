@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import align, normalise
 from eval.page.markup import Markup, element, joined, picture
 from eval.result import Result
+from eval.words import align, normalise
 
 SAMPLES = 12
 """Cards in a gallery; the result files hold more."""

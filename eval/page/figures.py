@@ -49,7 +49,7 @@ def _grey(metric: Metric, one: Reported) -> Markup:
     value = one.figures[metric.name]
     return element(
         "tr",
-        element("td", one.name, element("span", f"{MARK}: {one.data}", class_="data")),
+        element("td", one.name, element("span", MARK, class_="data")),
         element("td", metric.shown(value)),
         element("td", whisker(value, None, None, max(1.0, metric.value, value))),
         element("td", colspan=3),

@@ -33,9 +33,9 @@ def joined(children: Iterable[Any]) -> Markup:
     return Markup("".join(parts))
 
 
-def picture(folder: Path, name: str | None, title: str = "", class_: str = "") -> Markup:
+def picture(folder: Path, name: object, title: str = "", class_: str = "") -> Markup:
     """The picture `folder`/`name` inside the page (data URI), or an empty frame when there is no such file."""
-    path = None if name is None else folder / name
+    path = folder / name if isinstance(name, str) else None
     if path is None or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
         return element("div", "no picture", class_=f"missing {class_}")
     kind = "png" if path.suffix == ".png" else "jpeg"

@@ -90,7 +90,7 @@ def _table(recalls: Recalls) -> Markup:
         rows += [_grey(name, one, ways) for one in tables if f"retrieval.{name}.r1" in one.figures]
     above = element("tr", element("th"), [element("th", WAYS[way], colspan=3, scope="colgroup") for way in ways],
                     element("th", colspan=2), class_="groups")  # fmt: skip
-    heads = ["", *[f"R@{depth}" for _ in ways for depth in DEPTHS], "chance of R@1", "queries"]
+    heads = ["", *[f"R@{depth}" for _ in ways for depth in DEPTHS], "chance", "queries"]
     seconds = sorted({metric.rerank_k for found in recalls.values() for metric in found.values() if metric.rerank_k})
     note = seconds and element(
         "p", f"In two stages: the best {' or '.join(map(str, seconds))} by alignment are ordered again by matching.",
@@ -127,7 +127,7 @@ def _grey(name: str, one: Reported, ways: Sequence[str]) -> Markup:
     cells = [one.figures.get(f"retrieval.{name}.r{depth}") for depth in DEPTHS]
     return element(
         "tr",
-        element("td", one.name, element("span", f"{MARK}: {one.data}", class_="data")),
+        element("td", one.name, element("span", MARK, class_="data")),
         [element("td", "–" if share is None else f"{100 * share:.1f} %") for share in cells],
         element("td", colspan=3 * len(ways) - 1),
         class_="reported",
