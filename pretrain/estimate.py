@@ -1,6 +1,6 @@
 """What a step costs, before it is taken: operations, bytes, and what the processor could do at best.
 
-    work       one forward on fake tensors: no memory, no arithmetic --> operations, bytes kept for backward
+    work       one forward, of fake tensors where it can be --> operations, bytes kept for backward
     memory     those bytes beside weights, gradients and moments; available: the bytes there are
     peak       operations a second: the maker's figure for known GPUs, a measured matrix product elsewhere
 """
@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -54,20 +55,32 @@ class Work:
 
 
 def work(system: System, batch: Batch, bfloat16: bool, device: torch.device) -> Work:
-    """Count one training step of `batch` on `device` by a forward on fake tensors; backward is twice as much.
+    """Count one training step of `batch` on `device` by a forward; backward is twice as much.
 
     Matrix products and convolutions count 2 for each multiply-add of their shapes; what runs without gradient has no
     backward. Attention counts real pairs only, 4 D for each, half of them when causal, whatever kernel computes it.
-    Filler tokens cost bytes but are no work. It is a fake twin that runs: `system` may be compiled or spread over
-    processes, and no other process needs to take part.
+    Filler tokens cost bytes but are no work. It is a twin that runs: `system` may be compiled or spread over
+    processes, and no other process needs to take part. A forward whose shapes depend on values, as where hard negatives
+    are picked, has no fake: there the twin is a real one.
     """
+    try:
+        return _counted(system, batch, bfloat16, device, FakeTensorMode())
+    except DataDependentOutputException:
+        return _counted(system, batch, bfloat16, device, None)
+
+
+def _counted(
+    system: System, batch: Batch, bfloat16: bool, device: torch.device, fake: FakeTensorMode | None
+) -> Work:
+    """`work` by one forward of a twin, fake or real."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(_alone())
-        fake = stack.enter_context(FakeTensorMode())
+        stack.enter_context(fake or nullcontext())
         counter = _Counter()
         twin = _twin(system, device)
-        shapes = _mapped(batch, lambda tensor: counter.batch.add(fake.from_tensor(tensor).to(device)))
+        stands_in = fake.from_tensor if fake else torch.Tensor.detach
+        shapes = _mapped(batch, lambda tensor: counter.batch.add(stands_in(tensor).to(device)))
         for tensor in [*twin.parameters(), *twin.buffers()]:
             counter.weights.add(tensor)
         for module in twin.modules():

@@ -15,6 +15,7 @@ from opt.data.capacity import Filled
 from opt.data.plan import Plan
 from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, tiny
+from opt.systems.opt.config import Tuning
 from opt.systems.system import Progress
 from pretrain.estimate import (
     _control_groups,
@@ -90,6 +91,15 @@ def test_the_system_its_gradients_and_random_numbers_stay_as_they_are():
     assert all(parameter.grad is None for parameter in system.parameters())
     assert not system.encoder.blocks[0].self_attention._forward_hooks
     system(batch, Progress(0, 0.0))  # and still runs on real numbers
+
+
+def test_shapes_that_depend_on_values_are_counted_by_a_real_forward():
+    hard, plain = (opt(tuning=Tuning(f"retrieval-{task}")) for task in ("hard", "in-batch"))
+    batch, before = batch_of(hard), torch.random.get_rng_state()
+    found, less = work(hard, batch, False, CPU), work(plain, batch_of(plain), False, CPU)
+    assert found.flops > 1.3 * less.flops and found.activation_bytes > 1.3 * less.activation_bytes
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert found.activation_bytes == pytest.approx(saved_by_a_real_step(hard, batch, False), rel=0.02)
 
 
 def test_filler_costs_bytes_but_is_no_work():
