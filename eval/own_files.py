@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.task import tiny_networks
+from eval.provenance import tiny_networks
 from feature_extract.assemble import make_record, read_media
 from feature_extract.extractors import Extractors, reopen
 from feature_extract.sources.item import Item, NarrationItem

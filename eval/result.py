@@ -3,7 +3,7 @@
 Metric      one figure: value, n, 95 % interval, chance level, direction, candidates, normaliser, re-rank k
 Provenance  what it was measured with: model and split by hash, code version, seed, command, tiny or random networks
 Findings    the metrics of one task, what is absent and why, examples for the report
-Result      findings with their provenance -> <results>/<task>.json
+Result      findings with their provenance -> <results>/<task>.json, as result.schema.json describes it
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import numpy as np
 
 import opt
 from eval.metrics import bootstrap
-from opt.config import UserError
+from opt.config import UserError, from_dict, read_json
+from opt.data.manifest import UNKNOWN, Origin
 from opt.files import write_atomic
+from opt.history import History, Regime
 
 SCHEMA = 2
 
@@ -82,6 +84,27 @@ class Provenance:
     tiny_networks: tuple[str, ...] = ()
     """Features that come from tiny networks: regions, audio, codes."""
     extractors: Mapping[str, Any] = field(default_factory=dict)
+    split: str = ""
+    """Name of the frozen split that the shards are a part of; `part` says which one."""
+    part: str = ""
+    split_keys_sha256: str = ""
+    """Over the sorted keys that were evaluated: the same pictures in another extraction have the same."""
+    origins: tuple[Origin, ...] = (UNKNOWN,)
+    """Corpora that the records come from."""
+    trained_on: History = ()
+    """What the model saw, stage by stage."""
+    regime: Regime = "unknown"
+    precision: str = "float32"
+    """Numbers that the model computes in."""
+    text_limit: int | None = None
+    """Longest text in tokens, [CLS] and [SEP] included."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def seen(self) -> bool:
+        """Whether the model was trained on this very folder."""
+        return any(corpus.fingerprint == self.split_sha256 for stage in self.trained_on for corpus in stage.corpora)
 
 
 class Findings(NamedTuple):
@@ -125,30 +148,44 @@ def measured(
 
 
 def write_result(result: Result, folder: Path) -> Path:
-    """Write `<folder>/<task>.json`, complete or not at all, and return its path."""
+    """Write `<folder>/<task>.json`, complete or not at all, and return its path.
+
+    Raises ValueError where it would not be what result.schema.json describes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.task}.json"
-    content = {"schema": SCHEMA, **dataclasses.asdict(result)}
-    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(result)}, indent=1, ensure_ascii=False, allow_nan=False)
+    if wrong := _against_schema(json.loads(text)):
+        raise ValueError(f"{path}: {wrong}")
+    write_atomic(path, f"{text}\n".encode())
     return path
 
 
 def read_result(path: Path) -> Result:
-    """Read what `write_result` wrote. Raises UserError for another schema or a file that is no result."""
-    try:
-        content = json.loads(path.read_bytes())
-        if content.pop("schema") != SCHEMA:
-            raise ValueError("another schema")
-        metrics = tuple(Metric(**_tuples(entry)) for entry in content.pop("metrics"))
-        provenance = Provenance(**_tuples(content.pop("provenance")))
-        return Result(**content, metrics=metrics, provenance=provenance)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a result of this version ({error}); run the evaluation again") from error
+    """Read what `write_result` wrote. Raises UserError naming the place where it is not what the schema describes."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there; expected a result, as `opt eval` writes it")
+    content = read_json(path)
+    if wrong := _against_schema(content):
+        raise UserError(f"{path} is not a result of this version ({wrong}); run the evaluation again")
+    del content["schema"]
+    return from_dict(Result, content, str(path))
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that they were."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+def _against_schema(content: Any) -> str:
+    """Where JSON's `content` is not what result.schema.json describes, and why: "metrics[3].value: ..."; else ""."""
+    from jsonschema import Draft202012Validator  # a tenth of a second, for those who read or write a result
+    from jsonschema.exceptions import best_match
+
+    schema = json.loads(Path(__file__).with_name("result.schema.json").read_bytes())
+    error = best_match(Draft202012Validator(schema).iter_errors(content))
+    if error is None:
+        return ""
+    return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the whole'}: {_short(error.message)}"
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= 160 else f"{message[:80]} ... {message[-60:]}"
 
 
 def results_table(results: Sequence[Result]) -> str:

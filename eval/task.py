@@ -8,9 +8,8 @@ Each verb brings its own `measure`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
-from eval.result import Findings, Provenance, Result, code_version, command_line, results_table, write_result
+from eval.provenance import provenance_of
+from eval.result import Findings, Provenance, Result, command_line, results_table, write_result
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
 from opt.data.record import Sample
@@ -179,18 +179,8 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
         raise UserError(f"--seed {config.seed} must be at least 0")
     system = from_pretrained(config.model)
     split = open_split(config.shards, config.limit, system)
-    reader = split.reader
-    provenance = Provenance(
-        system=system.name,
-        model_sha256=json.loads((config.model / "config.json").read_text())["sha256"],
-        split_sha256=reader.fingerprint,
-        samples=len(split),
-        seed=config.seed,
-        command=_command(verb, config),
-        code_version=code_version(),
-        tiny_networks=tiny_networks(reader.manifest.extractors),
-        extractors=reader.manifest.extractors,
-    )
+    command = _command(verb, config)
+    provenance = provenance_of(config.model, system, split.reader, split.keys, config.seed, command)
     folder = config.out or config.model.parent / "results"
     make_folder(folder)
     return Task(name, system, split, folder, config.batch, provenance, began)
@@ -215,8 +205,3 @@ def open_split(folder: Path, limit: int | None, system: System) -> Split:
     reader = ShardReader(folder)
     system.facts.require_same(reader.manifest, folder)
     return Split(reader, limit)
-
-
-def tiny_networks(extractors: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """Which features come from the embedded tiny networks, by what the manifest says of their extractors."""
-    return tuple(kind for kind, about in extractors.items() if about.get("weights") == "tiny")

@@ -120,7 +120,7 @@ def make_task(tmp_path):
 
     def make(samples, blurred=(), limit=None, batch=4):
         samples = make_samples(*samples) if isinstance(samples, tuple) else samples
-        provenance = Provenance("fake", "m" * 64, "f" * 64, len(samples), 0, "opt eval fake", "0.1.0")
+        provenance = Provenance("fake", "a" * 64, "f" * 64, len(samples), 0, "opt eval fake", "0.1.0")
         folder = tmp_path / "results"
         return Task(
             "fake", FakeSystem(blurred), Split(FakeReader(samples), limit), folder, batch, provenance, time.monotonic()
