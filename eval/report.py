@@ -23,6 +23,8 @@ from eval.result import results_table
 from opt.config import UserError
 from opt.files import write_atomic
 
+WAY_OUT = "give the folder of a run, and run `opt eval ...` on its model first"
+
 
 @dataclass
 class ReportConfig:
@@ -50,7 +52,7 @@ def report(config: ReportConfig) -> None:
 def _of_one(folder: Path, out: Path | None) -> None:
     run = read_run(folder)
     if run.empty:
-        raise UserError(_nothing(str(folder)))
+        raise UserError(f"{folder} holds neither results/*.json nor metrics.jsonl; {WAY_OUT}")
     figures = summary(run)
     write_atomic(folder / "summary.json", (json.dumps(figures, indent=1) + "\n").encode())
     path = out or folder / "report.html"
@@ -69,19 +71,12 @@ def _of_several(folders: Sequence[Path], path: Path) -> None:
         raise UserError(f"{gone[0]} is no folder; give the folders of runs")
     runs = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     if all(run.empty for run in runs):
-        raise UserError(_nothing("none of them"))
+        raise UserError(f"none of the folders holds results/*.json or metrics.jsonl; {WAY_OUT}")
     write_atomic(path, comparison.page(runs).encode())
     for run in runs:
         print(f"{run.name}: " + ("nothing to show" if run.empty else f"{len(run.found())} figures of "
               f"{len(run.results)} evaluations, {len(run.training):,} lines of training"))  # fmt: skip
     print(f"report: {path}")
-
-
-def _nothing(who: str) -> str:
-    return (
-        f"{who} holds neither results/*.json nor metrics.jsonl; give the folder of a run, and run `opt eval ...` on "
-        "its model first"
-    )
 
 
 def names(folders: Sequence[Path]) -> list[str]:

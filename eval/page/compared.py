@@ -17,9 +17,10 @@ from eval.result import Metric
 
 
 class Key(NamedTuple):
-    """How a figure was measured. Its fields are the signs' meanings, in order."""
+    """How a figure was measured. Its fields are those of `SIGNS`."""
 
     split: str
+    """Hash of the samples' keys: other features of the same samples make the same split."""
     way: tuple[str, str, int | None, str]
     candidates: str
     n: int
@@ -68,7 +69,8 @@ def compare(runs: Sequence[Run], task: str) -> list[Compared]:
     found = [{} if result is None else {metric.name: metric for metric in result.metrics} for result in results]
     firsts = {name: metric for metrics in reversed(found) for name, metric in metrics.items()}
     names = dict.fromkeys(name for metrics in found for name in metrics)
-    splits = ["" if result is None else result.provenance.split_sha256 for result in results]
+    provenances = [None if result is None else result.provenance for result in results]
+    splits = ["" if about is None else about.split_keys_sha256 or about.split_sha256 for about in provenances]
     return [
         _compared([metrics.get(first.name) for metrics in found], splits)
         for first in in_order(firsts[name] for name in names)

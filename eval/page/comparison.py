@@ -9,7 +9,7 @@ from eval.page.compared import RULE, SIGNS, Compared, compare, reason
 from eval.page.dots import COLOURS, Dot, Row, dot_plot, nice_top
 from eval.page.figures import points, protocol
 from eval.page.markup import Markup, document, element, joined, table
-from eval.page.provenance import cell, columns, commands, head, missing, pretty
+from eval.page.provenance import blocks, cell, columns, commands, head, missing
 from eval.page.reported import MARK, Reported, reported, source
 from eval.page.run import Run
 from eval.page.single import tiny
@@ -192,23 +192,22 @@ def _scale(runs: Sequence[Run], rows: Sequence[Compared], top: float) -> Markup:
 
 def absent(runs: Sequence[Run]) -> Markup | None:
     """What each run lacks, and why."""
-    blocks = []
+    parts = []
     for place, run in enumerate(runs):
-        lost = [("everything", "there is neither result nor training in its folder")] if run.empty else missing(run)
-        entries = [element("li", element("code", name), f": {why}") for name, why in lost]
-        title = element("summary", number(place), f" {run.name}: {len(lost)} not measured")
         if run.empty:
-            blocks.append(element("p", number(place), f" {run.name}: {lost[0][1]}."))
-        elif lost:
-            blocks.append(element("details", title, element("ul", entries, class_="absent")))
-    return joined([element("h2", "Not measured"), blocks]) if blocks else None
+            parts.append(element("p", number(place), f" {run.name}: neither result nor training is in its folder."))
+        elif lost := missing(run):
+            entries = [element("li", element("code", name), f": {why}") for name, why in lost]
+            title = element("summary", number(place), f" {run.name}: {len(lost)} not measured")
+            parts.append(element("details", title, element("ul", entries, class_="absent")))
+    return joined([element("h2", "Not measured"), parts]) if parts else None
 
 
 def provenance(runs: Sequence[Run]) -> Markup:
     """The commands and settings of every run, folded."""
-    blocks = [
+    folded = [
         element("details", element("summary", number(place), f" {run.name}"), commands(run),
-                element("pre", element("code", pretty(run.config))) if run.config else None)
+                blocks(run))
         for place, run in enumerate(runs) if run.results or run.config
     ]  # fmt: skip
-    return joined([element("h2", "How to get these figures again"), blocks])
+    return joined([element("h2", "How to get these figures again"), folded])

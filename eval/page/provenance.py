@@ -11,8 +11,18 @@ from eval.page.run import Run
 from eval.page.words import OPTIONAL, TITLES
 from eval.result import Provenance, Result
 
-ELSEWHERE = {"command", "extractors", "tiny_networks"}
-"""Fields of a provenance that have a place of their own; all others are columns."""
+BLOCKS = {
+    "origins": "Corpora of the test records", "trained_on": "What the model was trained on",
+    "extractors": "Extractors of the features", "packages": "Packages",
+}  # fmt: skip
+"""Fields of a provenance that take more than a cell."""
+ELSEWHERE = {"command", "tiny_networks", *BLOCKS}
+"""Fields that have a place of their own; all others are columns."""
+HEADS = {
+    "model_sha256": "model", "split_sha256": "shards", "split": "frozen split", "split_keys_sha256": "keys",
+    "code_version": "code", "text_limit": "longest text",
+}  # fmt: skip
+"""What columns are called where it is not the field's name."""
 HASH = 12
 
 
@@ -25,18 +35,16 @@ def columns(results: Sequence[Result]) -> list[str]:
 
 def cell(value: Any, name: str) -> Markup:
     """A field of a provenance: hashes shortened, with the whole on hovering."""
+    if value in (None, ""):
+        return element("td", "–", class_="none")
     if name.endswith("sha256"):
-        return element("td", element("code", str(value)[:HASH]), title=value)
-    if isinstance(value, Mapping):
-        return element("td", ", ".join(f"{key} {inner}" for key, inner in value.items()))
-    if isinstance(value, list | tuple):
-        return element("td", ", ".join(map(str, value)))
-    return element("td", "–" if value in (None, "") else f"{value:,}" if type(value) is int else str(value))
+        return element("td", element("code", value[:HASH]), title=value)
+    return element("td", f"{value:,}" if isinstance(value, int) else value)
 
 
 def head(name: str) -> str:
     """A field's name as a column's head."""
-    return name.removesuffix("_sha256").removesuffix("_version").replace("_", " ")
+    return HEADS.get(name, name)
 
 
 def commands(run: Run) -> Markup | None:
@@ -60,29 +68,46 @@ def commands(run: Run) -> Markup | None:
 
 def provenance(run: Run) -> Markup:
     """The commands of one run, its settings, extractors and times."""
-    extractors = next((dict(result.provenance.extractors) for result in run.results.values()), {})
-    blocks = {"Settings of the run": run.config, "Extractors of the features": extractors}
     times = [
         element("tr", element("td", name), element("td", f"{value:,.0f} s")) for name, value in run.seconds.items()
     ]
     return joined([
         element("h2", "How to get these figures again"),
         commands(run),
-        [element("details", element("summary", title), element("pre", element("code", pretty(values))))
-         for title, values in blocks.items() if values],
+        blocks(run),
         element("details", element("summary", "Where the time went"), table(["", "seconds"], times)) if times else None,
     ])  # fmt: skip
 
 
-def pretty(values: Mapping[str, Any], indent: str = "") -> str:
-    """Nested settings, one a line."""
+def blocks(run: Run) -> list[Markup]:
+    """The settings of a run and the long fields of its first result, folded."""
+    found = {"Settings of the run": run.config}
+    first = next(iter(run.results.values()), None)
+    if first is not None:
+        values = dataclasses.asdict(first.provenance)
+        found |= {title: values[name] for name, title in BLOCKS.items()}
+    return [element("details", element("summary", title), element("pre", element("code", pretty(value))))
+            for title, value in found.items() if value]  # fmt: skip
+
+
+def pretty(value: Any, indent: str = "") -> str:
+    """Nested settings, one a line; an entry of a list of settings begins with a dash."""
     lines = []
-    for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        lines.append(f"{indent}{key}:" if inner else f"{indent}{key}: {value}")
-        if inner:
-            lines.append(pretty(value, indent + "  "))
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            nested = isinstance(inner, Mapping) or _settings(inner)
+            lines.append(f"{indent}{key}:" if nested else f"{indent}{key}: {inner}")
+            lines += [pretty(inner, indent + "  ")] if nested and inner else []
+    elif _settings(value):
+        for inner in value:
+            lines.append(f"{indent}- {pretty(inner, indent + '  ').lstrip()}")
+    else:
+        lines.append(f"{indent}{value}")
     return "\n".join(lines)
+
+
+def _settings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value)
 
 
 def missing(run: Run) -> list[tuple[str, str]]:

@@ -40,10 +40,12 @@ def header(run: Run) -> Markup:
     if run.training:
         facts.append(f"{run.training[-1]['step']:,} training steps")
     if provenances:
-        own = any(p.split_sha256 == run.config.get("data") for p in provenances)
+        own = any(provenance.seen for provenance in provenances)
         facts.append(
             f"judged on {max(p.samples for p in provenances):,} samples" + (" it was trained on" if own else "")
         )
+        facts += sorted({p.regime for p in provenances} - {"unknown"})
+        facts += sorted({f"{p.split} {p.part}".strip() for p in provenances} - {""})
     return joined([element("h1", run.name), element("p", " · ".join(facts), class_="lead"), tiny(run)])
 
 

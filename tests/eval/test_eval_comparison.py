@@ -81,6 +81,13 @@ def test_another_split_is_never_the_best_and_most_runs_decide_which_it_is(tmp_pa
     assert row(tmp_path, *scores[:2], splits="bc").signs == ("", "a")
 
 
+def test_other_features_of_the_same_samples_are_the_same_split(tmp_path):
+    runs = [run(measured(HIT, value, value - 0.1, value + 0.1), tmp_path, split_sha256=shards * 64,
+                split_keys_sha256="d" * 64) for value, shards in ((0.2, "b"), (0.8, "c"))]
+    (found,) = compare(runs, "caption")
+    assert found.signs == ("", "") and found.best == 1
+
+
 def test_a_gap_says_its_reason(tmp_path):
     result = Result("caption", (HIT,), PROVENANCE, 1.0, {"caption.meteor": "no java", "caption": "no captions"})
     one = Run("one", tmp_path, {"caption": result})
@@ -162,8 +169,8 @@ def test_the_papers_figures_are_grey_even_where_they_are_better(tmp_path):
 def test_a_run_without_anything_is_named_beside_others(tmp_path):
     (tmp_path / "empty").mkdir()
     text = page_of([write(tmp_path / "full", HIT), tmp_path / "empty"], tmp_path)
-    assert "empty: there is neither result nor training in its folder" in text
-    with pytest.raises(UserError, match="none of them holds neither|none of them"):
+    assert "empty: neither result nor training is in its folder" in text
+    with pytest.raises(UserError, match="none of the folders holds"):
         page_of([tmp_path / "empty", write(tmp_path / "more")], tmp_path)
 
 
@@ -177,7 +184,7 @@ def test_wrong_runs_are_sentences(tmp_path):
         report(ReportConfig())
     broken = write(tmp_path / "broken", HIT)
     (broken / "results" / "caption.json").write_text('{"schema": 2, "task"')
-    with pytest.raises(UserError, match=r"broken/results/caption.json is not a result"):
+    with pytest.raises(UserError, match=r"broken/results/caption.json is damaged"):
         page_of([full, broken], tmp_path)
 
 
