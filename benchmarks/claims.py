@@ -80,7 +80,7 @@ def _verbs(run: Path, out: Path, test: int, seed: int) -> None:
     _verb("extract", "localized_narratives", scenes, "--split", "test", "--out", shards, "--workers", 1,
           "--frames-per-second", rate)  # fmt: skip
     options = {
-        "retrieval": ["--rerank", 0],
+        "retrieval": ["--by", "alignment"],
         "transcribe": [],
         "classify": ["--train-shards", run / "shards" / "train", "--train-limit", TRAIN_SAMPLES, "--labels", *labels],
     }
