@@ -60,8 +60,10 @@ class Split:
     def __init__(self, reader: ShardReader, limit: int | None = None) -> None:
         self.reader = reader
         count = len(reader) if limit is None else min(limit, len(reader))
-        if count < 1:
-            raise UserError(f"no samples to evaluate: the shards hold {len(reader)}, --limit is {limit}")
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit {limit} must be at least 1")
+        if not count:
+            raise UserError(f"{reader.place} holds no samples, so there is nothing to evaluate")
         self.keys = list(islice(reader.keys(), count))
         self.groups = np.unique(self.keys, return_inverse=True)[1]
         """Number of the picture that each sample belongs to, int64 (N,)."""

@@ -76,7 +76,7 @@ class Rows:
         for sample in samples:
             parts, _ = self.parts(packer, sample, modalities)
             if missing := [modality for modality in modalities if modality not in parts]:
-                raise UserError(f"sample {sample.key!r} has no {missing[0]}; choose modalities that the shards hold")
+                raise UserError(f"sample {sample.key!r} has {_lacks(sample, missing[0])}")
             packer.sequence("encoder", self.join(packer, {name: parts[name] for name in modalities}))
         return packer.batch([sample.key for sample in samples], {}, {}, {})
 
@@ -109,3 +109,10 @@ def _tasks(config: OPTConfig) -> Tasks:
         return Tasks(("joint",), (1.0,), ("joint",))
     shares = tuple(float(getattr(config.shares, task)) for task in TASKS)
     return Tasks(TASKS, shares, ("match",), one_a_step=config.mixing == "steps")
+
+
+def _lacks(sample: Sample, modality: str) -> str:
+    """What a model misses in a sample, and the way out."""
+    if modality == "image" and sample.pictures:
+        return "a picture without regions, which is what the model sees of one; extract again with --regions"
+    return f"no {modality}; choose modalities that the shards hold"
