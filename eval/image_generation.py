@@ -120,8 +120,8 @@ def measure(task: Task, config: TextToImageConfig, judging: Judging) -> Findings
     classes = () if judging.extractor is None else judging.extractor.classes
     objects = ObjectFound(task, numbers, classes, config.confidence, how)
     judges: list[Judge] = [objects, RPrecision(task, numbers, judging.extractor, how)]
-    judges += [Fidelity(network, config.seed) for network in judging.networks]
-    judges += [] if judging.clip is None else [ClipScore(task, numbers, judging.clip)]
+    judges += [Fidelity(network, config.seed, how) for network in judging.networks]
+    judges += [] if judging.clip is None else [ClipScore(task, numbers, judging.clip, how)]
     gallery.show(judges, judging.extractor)
     metrics: list[Metric] = []
     absent: dict[str, str] = {} if judging.clip else without_clip()

@@ -76,7 +76,10 @@ def open_clip(folder: Path, device: str = "cpu") -> Clip:
     if kind != "clip":
         raise UserError(f"--clip {folder}: holds a model of type {kind}, not clip; {HOW_TO_GET}")
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what is missing is said below, in a sentence
+    logging.disable_progress_bar()
     try:
         opened: Any = CLIPModel.from_pretrained(
             folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
@@ -95,8 +98,8 @@ def open_clip(folder: Path, device: str = "cpu") -> Clip:
 class ClipScore:
     """The judge that asks CLIP how well pictures fit their captions."""
 
-    def __init__(self, task: Task, numbers: np.ndarray, clip: Clip) -> None:
-        self.task, self.clip = task, clip
+    def __init__(self, task: Task, numbers: np.ndarray, clip: Clip, drawn: str) -> None:
+        self.task, self.clip, self.drawn = task, clip, drawn
         captions = [task.split.captions[number] or "" for number in numbers.tolist()]
         vectors = [clip.read(captions[first : first + BATCH]) for first in range(0, len(captions), BATCH)]
         self.captions = dict(zip(numbers.tolist(), np.concatenate(vectors), strict=True))
@@ -126,7 +129,7 @@ class ClipScore:
             direction="text -> image",
             normaliser=f'caption behind "{PROMPT.strip()}"; pictures squeezed to 64 x 64, then as CLIP prepares them',
             note=f"2.5 max(cosine, 0); {self.clip.name}; {self.cut} of {len(self.captions)} captions are longer than "
-            f"the {self.clip.longest} tokens that it reads",
+            f"the {self.clip.longest} tokens that it reads" + (f"; {self.drawn}" if kind == GENERATED else ""),
         )
 
     def _scores(self, vectors: dict[int, np.ndarray], captions: np.ndarray) -> np.ndarray:

@@ -54,6 +54,8 @@ class Fidelity:
 
     network: PictureNetwork
     seed: int
+    drawn: str
+    """How the generated pictures were drawn."""
     features: dict[str, Features] = field(default_factory=dict)
 
     def look(self, kind: str, seen: Sequence[Seen]) -> None:
@@ -86,7 +88,8 @@ class Fidelity:
             one.count,
             protocol=f"fid/{self.network.name}",
             note=f"{self.network.about}; float64; no interval, for resampling raises it"
-            + (f"; below {ENOUGH_FOR_FID:,} pictures it is too high, the more so the fewer: read KID" if few else ""),
+            + (f"; below {ENOUGH_FOR_FID:,} pictures it is too high, the more so the fewer: read KID" if few else "")
+            + self._how(kind),
             **self._about(kind, one.count, other.count),
         )
 
@@ -101,9 +104,12 @@ class Fidelity:
             found.interval,
             protocol=f"kid/{self.network.name}",
             note=f"{self.network.about}; mean over {SUBSETS} subsets of {found.size} of each, their standard deviation "
-            f"{found.deviation:.2g}",
+            f"{found.deviation:.2g}{self._how(kind)}",
             **self._about(kind, len(one_ND), len(other_ND)),
         )
+
+    def _how(self, kind: str) -> str:
+        return f"; {self.drawn}" if kind == GENERATED else ""
 
     def _about(self, kind: str, some: int, real: int) -> dict[str, Any]:
         what = {

@@ -16,6 +16,8 @@ from eval.result import Metric, measured
 from eval.task import Task
 
 NAME = "text_to_image.object_found"
+SAID = 3
+"""So many objects found are named in a phrase."""
 
 
 class ObjectFound:
@@ -58,12 +60,13 @@ class ObjectFound:
     def seen(self, number: int) -> str:
         """What the detector found in the generated picture of a sample, in a phrase; "" where it did not look."""
         found = self.found[GENERATED].get(number)
-        return "" if found is None else f"found in the generated one: {', '.join(sorted(found)) or 'nothing'}"
+        return "" if found is None else f"found: {', '.join(sorted(found)) or 'nothing'}"
 
     def failure(self, number: int) -> str:
         """What went wrong with the generated picture of a sample among `misses`, in a phrase."""
         named, found = sorted(self.named[number]), sorted(self.found[GENERATED][number])
-        return f"no {' or '.join(named)} found, but {' and '.join(found) or 'nothing'}"
+        missed = f"no {named[0]} found" if len(named) == 1 else f"none of {len(named)} named objects found"
+        return missed + (f", but {', '.join(found[:SAID])}" if found else "") + (" ..." if len(found) > SAID else "")
 
     def _metric(self, kind: str, numbers: np.ndarray) -> Metric:
         """Share of pictures with a named object; chance: one that another's caption names."""

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from opt.files import write_atomic
 
 ROWS, CELL, GAP, MARGIN = 16, 128, 8, 16
-WORDS, LINE, LINES = 420, 22, 5
-"""Pixels of the column of words and of a line, and the most lines of a caption."""
+WORDS, LINE, LINES = 420, 22, 4
+"""Pixels of the column of words and of a line, and the most lines of a caption; a note has two, of SMALL pixels."""
+SMALL = 17
 HEAD = 40
 INK, GREY = "#1a1a1a", "#6b6b6b"
 
@@ -44,7 +45,8 @@ def sheet(titles: Sequence[str], rows: Sequence[Row]) -> Image.Image:
         top = MARGIN + HEAD + place * (CELL + GAP)
         words = wrapped(caption, font, WORDS - MARGIN, LINES)
         canvas.multiline_text((MARGIN, top), "\n".join(words), fill=INK, font=font, spacing=LINE - 16)
-        canvas.text((MARGIN, top + LINE * len(words) + 2), note, fill=GREY, font=small)
+        beneath = "\n".join(wrapped(note, small, WORDS - MARGIN, 2))
+        canvas.multiline_text((MARGIN, top + LINE * len(words) + 2), beneath, fill=GREY, font=small, spacing=SMALL - 13)
         for column, picture in enumerate(pictures):
             if picture is not None:
                 page.paste(_fitted(picture), (_left(column), top))

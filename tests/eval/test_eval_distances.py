@@ -123,7 +123,7 @@ def brightness():
 
 
 def looked_at(counts):
-    judge = Fidelity(brightness(), seed=0)
+    judge = Fidelity(brightness(), seed=0, drawn="greedy decoding")
     for kind, count in counts.items():
         for first in range(0, count, 5):
             seen = [Seen(n, picture(n + len(kind)), None) for n in range(first, min(first + 5, count))]
@@ -141,6 +141,7 @@ def test_fidelity_compares_each_kind_with_the_true_pictures():
     assert fid.value == pytest.approx(direct_frechet(mine, true), rel=1e-4) and fid.n == 11
     assert (fid.better, fid.unit, fid.protocol) == ("lower", "score", "fid/bright") and fid.interval is None
     assert "11 generated against 13 true pictures" in fid.candidates and "read KID" in fid.note
+    assert fid.note.endswith("greedy decoding") and "greedy" not in found["text_to_image.fid_bright_real"].note
     halves = found["text_to_image.fid_bright_real"]
     assert halves.value == pytest.approx(direct_frechet(true[::2], true[1::2]), rel=1e-4) and halves.n == 7
     kid = found["text_to_image.kid_bright"]

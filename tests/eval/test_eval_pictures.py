@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +118,7 @@ def test_the_captions_that_name_most_come_first_among_the_worst(make_task):
     tellings = ["a cat, number 0", "a cat and a dog, number 1", "a cat, number 2"]
     samples = [dataclasses.replace(sample, caption=told) for sample, told in zip(samples, tellings, strict=True)]
     *_, worst = found_by(make_task(samples), Detector(["cat", "dog", "house"], blind={0, 1, 2, 3}))
-    assert worst[0]["key"] == "scene-1" and "no cat or dog found, but house" in worst[0]["failure"]
+    assert worst[0]["key"] == "scene-1" and worst[0]["failure"] == "none of 2 named objects found, but house"
 
 
 @pytest.mark.parametrize(("classes", "reason"), [((), "have no names"), (("dog",), "no caption names a class")])
@@ -248,9 +250,33 @@ def test_folders_without_a_clip_checkpoint_are_sentences(clip_folder, tmp_path):
         open_clip(tmp_path / "part")
 
 
-def test_a_clip_with_weights_missing_is_refused(clip_folder, tmp_path):
-    import shutil
+def test_a_clip_is_opened_without_network_and_without_running_anything(clip_folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("went to the network")
 
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert open_clip(clip_folder).longest == 40
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    with (tmp_path / "clip" / "pytorch_model.bin").open("wb") as file:
+        torch.save({"logit_scale": Touches(tmp_path / "ran")}, file)
+    with pytest.raises(UserError, match="could not be opened"):
+        open_clip(tmp_path / "clip")
+    assert not (tmp_path / "ran").exists()
+
+
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_clip_with_weights_missing_is_refused(clip_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(clip_folder, tmp_path / "clip")
