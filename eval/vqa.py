@@ -1,32 +1,36 @@
 """Questions about pictures, answered by a model tuned for them, by VQA's measure.
 
     question + picture --system.answer--> answer --normalised--> how many annotators agree --> accuracy
-                                                             \\--> answers.jsonl: every answer
+                                                             \\--> vqa_answers.jsonl: every answer
+
+A model answers as it was tuned: by class, in words, or, one tuned for words, by the likeliest of given candidates.
 
 Accuracy of an answer (VQA, arXiv 1505.00468): it counts in full when three annotators gave it, min(agreeing / 3, 1),
-averaged over leaving each of the annotators out; with fewer than four annotators all the others must agree, and with
-one this is an exact match.
+averaged over leaving each of the annotators out. Differences from the official script, which has ten annotators for
+every question: with fewer than four annotators all the others must agree, and with one this is an exact match; see
+`opt.data.questions.normalise` for the words.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from eval.asked import Asked, answered, example, open_asked
 from eval.result import Findings, Metric, measured
-from eval.task import EXAMPLES, EvalConfig, Split, Task, open_task
+from eval.task import EXAMPLES, EvalConfig, Task
 from opt.config import UserError
-from opt.data.questions import NORMALISER, Questions, normalise
-from opt.files import write_atomic
+from opt.data.questions import NORMALISER, normalise, read_questions, written_answers
 
 AGREEING = 3
 KINDS = ("yes_no", "number", "other")
+WORST = 12
 
 
 @dataclass
@@ -35,6 +39,28 @@ class VQAConfig(EvalConfig):
 
     questions: Path | None = None
     """Lines {"image_id": ..., "question": ..., "answers": [...]} about the pictures of the shards; needed."""
+    rank_answers_of: Path | None = None
+    """Rank answers by the decoder's likelihood instead of writing one (models tuned for vqa-words): the most frequent
+    answers of this file of questions, such as those of training."""
+    candidates: int = 3129
+    """How many of them are ranked."""
+    shortlist: int = 128
+    """Of more candidates than this, only those whose first token is likeliest are scored in full (ALBEF); 0: all."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Candidates that are ranked, and how many of them in full."""
+
+    candidates: tuple[str, ...]
+    shortlist: int
+
+    @property
+    def protocol(self) -> str:
+        """In words, for the note beside a figure."""
+        first = f", of which {self.shortlist} by their first token" * (0 < self.shortlist < len(self.candidates))
+        return (f"the likeliest of {len(self.candidates):,} candidates{first}: sum of the log-probabilities of tokens "
+                "and end, not divided by the length")
 
 
 def vqa(config: VQAConfig) -> None:
@@ -44,37 +70,36 @@ def vqa(config: VQAConfig) -> None:
     """
     if config.questions is None:
         raise UserError("--questions is missing: give the file of questions about the pictures of these shards")
-    task = open_task("vqa", "vqa", config)
-    reader = Questions(task.split.reader, config.questions, answered=False)
-    if reader.left_out:
-        print(reader.left_out)
-    split = Split(reader, config.limit)
-    provenance = dataclasses.replace(task.provenance, split_sha256=reader.fingerprint, samples=len(split))
-    task = dataclasses.replace(task, split=split, provenance=provenance)
-    task.finish(measure(task))
+    if config.candidates < 1 or config.shortlist < 0:
+        raise UserError(f"--candidates {config.candidates} --shortlist {config.shortlist}: at least 1, and at least 0")
+    ranked = None
+    if config.rank_answers_of is not None:
+        known = written_answers(read_questions(config.rank_answers_of), config.candidates)
+        if not known:
+            raise UserError(f"--rank-answers-of {config.rank_answers_of}: no question there has an answer to rank")
+        ranked = Ranked(known, config.shortlist)
+    task = open_asked("vqa", config, config.questions)
+    task.finish(measure(task, ranked))
 
 
-def measure(task: Task) -> Findings:
-    """Metrics, absent ones with reasons, and examples; writes every answer to `answers.jsonl`."""
-    numbers = np.arange(len(task.split))
-    answers = task.batches(numbers, task.system.answer, "answer questions")
-    asked = [task.split.sample(number) for number in range(len(task.split))]
-    lines = [{"image_id": sample.key, "question": sample.caption, "answer": answer, "answers": sample.answers}
-             for sample, answer in zip(asked, answers, strict=True)]
-    task.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(task.folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+def measure(task: Task, ranked: Ranked | None = None) -> Findings:
+    """Metrics, absent ones with reasons, and examples; writes every answer to `vqa_answers.jsonl`."""
+    answer = task.system.answer
+    if ranked is not None:
+        answer = partial(answer, candidates=ranked.candidates, shortlist=ranked.shortlist)
+    asked = answered(task, answer, "answer questions")
+    given = [sample.answers for sample in asked.samples]
+    kinds = np.array([kind(answers) if answers else "" for answers in given])
+    how = ranked.protocol if ranked else task.system.answering
     metrics, absent = [], {}
-    given = [sample.answers for sample in asked]
-    kinds = np.array([kind(answered) if answered else "" for answered in given])
     for name in ("", *KINDS):
         chosen = np.flatnonzero(kinds == name if name else kinds != "")
         if len(chosen):
-            metrics.append(_accuracy(task, name, chosen, answers, given))
+            metrics.append(_accuracy(task, name, chosen, asked.answers, given, how))
         else:
             absent[_name(name)] = "the file holds no such question with an answer"
-    examples = [{**lines[number], "picture": task.keep_picture(number), "key": asked[number].key}
-                for number in range(min(EXAMPLES, len(lines)))]
-    return Findings(metrics, absent, examples)
+    examples = [example(task, asked, number) for number in range(min(EXAMPLES, len(given)))]
+    return Findings(metrics, absent, examples, _worst(task, asked))
 
 
 def accuracy(answer: str, annotators: Sequence[str]) -> float:
@@ -96,7 +121,7 @@ def kind(annotators: Sequence[str]) -> str:
 
 
 def _accuracy(
-    task: Task, name: str, chosen: np.ndarray, answers: Sequence[str], given: Sequence[tuple[str, ...]]
+    task: Task, name: str, chosen: np.ndarray, answers: Sequence[str], given: Sequence[tuple[str, ...]], how: str
 ) -> Metric:
     """Of the questions `chosen`, against always giving the answer that annotators gave most often to them."""
     guess = Counter(normalise(answer) for number in chosen for answer in given[number]).most_common(1)[0][0]
@@ -109,8 +134,27 @@ def _accuracy(
         chance_method=f"always {guess!r}, the most frequent answer",
         modalities=("text", "image"),
         direction="question + image -> answer",
+        protocol="vqa/soft",
         normaliser=NORMALISER,
+        note=how,
     )
+
+
+def _worst(task: Task, asked: Asked) -> list[dict[str, Any]]:
+    """The worst answers, one a picture; of equally bad ones those that more annotators contradict come first."""
+    both = enumerate(zip(asked.samples, asked.answers, strict=True))
+    scored = [(accuracy(answer, sample.answers), -len(sample.answers), number)
+              for number, (sample, answer) in both if sample.answers]
+    worst: list[dict[str, Any]] = []
+    seen = set[str]()
+    for score, _, number in sorted(scored):
+        key = task.split.keys[number]
+        if score < 1 and key not in seen and len(worst) < WORST:
+            seen.add(key)
+            right = Counter(asked.samples[number].answers).most_common(1)[0][0]
+            agree = "right is" if score == 0 else f"counts {score:.0%}, most said"
+            worst.append(example(task, asked, number, failure=f"said {asked.answers[number]!r}, {agree} {right!r}"))
+    return worst
 
 
 def _name(kind: str) -> str:

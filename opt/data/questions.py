@@ -28,7 +28,8 @@ from opt.data.shards import ShardReader, key_hash
 from opt.data.subset import Subset
 from opt.files import sha256
 
-NORMALISER = "lower-case, no punctuation but within numbers, no articles, number words up to ten as digits"
+NORMALISER = "VQA's: lower-case, no punctuation, articles and apostrophes, number words up to ten as digits"
+MARKS = ";/[]\"{}()=+\\_-><@`,?!"
 TRUTHS = ("false", "true")
 """Answers to statements (NLVR2)."""
 ARTICLES = {"a", "an", "the"}
@@ -178,8 +179,19 @@ def _question(entry: Any) -> Question:
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA compares them: see NORMALISER. One made of articles or punctuation alone stays as it is."""
-    plain = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)", " ", answer.lower().replace("'", ""))
+    """An answer as VQA's official evaluation compares them; one made of articles or punctuation alone stays as it is.
+
+    A mark goes where it stands beside a space anywhere in the answer, or the answer holds a number such as 1,000; else
+    it becomes a space. A period goes unless a digit follows. Signs such as $ % : & stay. Differences: the script has a
+    list of contractions to which it adds the apostrophe (dont: don't), here every apostrophe goes; it leaves the
+    annotators' answers as they are where all agree, here both sides are always treated alike.
+    """
+    given = answer.lower().replace("'", "").replace("\u2019", "").strip()
+    plain, thousands = given, re.search(r"\d,\d", given)
+    for mark in MARKS:
+        if mark in plain:
+            plain = plain.replace(mark, "" if thousands or f"{mark} " in given or f" {mark}" in given else " ")
+    plain = re.sub(r"\.(?!\d)", "", plain)
     words = [DIGITS.get(word, word) for word in plain.split() if word not in ARTICLES]
     return " ".join(words) or answer.lower().strip()
 

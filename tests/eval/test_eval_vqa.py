@@ -40,14 +40,16 @@ def test_figures_stand_beside_the_most_frequent_answer(make_task) -> None:
                in enumerate(zip(make_task((8, 1)).split.reader.samples, answers, strict=True))]
     task = make_task(samples)
     task.system.answer = lambda asked: ["yes" if sample.caption < "question 3" else "red" for sample in asked]
-    metrics, absent, examples, _ = measure(task)
+    metrics, absent, examples, worst = measure(task)
     found = {metric.name: metric for metric in metrics}
     assert found["vqa.accuracy"].value == pytest.approx(5 / 7) and found["vqa.accuracy"].n == 7
     assert found["vqa.accuracy"].chance == pytest.approx(3 / 7) and "'red'" in found["vqa.accuracy"].chance_method
     assert found["vqa.accuracy.yes_no"].value == found["vqa.accuracy.yes_no"].chance == pytest.approx(2 / 3)
     assert found["vqa.accuracy.number"].value == 0.0 and found["vqa.accuracy.other"].value == 1.0
     assert not absent and examples[0]["question"] == "question 0?" and examples[0]["answer"] == "yes"
-    written = [json.loads(line) for line in (task.folder / "answers.jsonl").read_text().splitlines()]
+    assert {metric.protocol for metric in metrics} == {"vqa/soft"}
+    assert [line["failure"] for line in worst] == ["said 'yes', right is 'no'", "said 'red', right is '4'"]
+    written = [json.loads(line) for line in (task.folder / "fake_answers.jsonl").read_text().splitlines()]
     assert len(written) == 8 and written[7]["answers"] == [] and written[7]["answer"] == "red"
 
 
