@@ -28,8 +28,11 @@ def page(
     failed: Mapping[int, str], shards: ShardReader, among: str,
 ) -> str:
     """The whole HTML document. samples, answers and failed go by the number of their input."""
-    hint = (f"The nearest of {among}, best first, by the similarity of the model's vectors: 1 is the same direction, 0 "
-            "none in common. Equals stand in the order of the index.")
+    hint = (f"The nearest of {among}, best first. Similarity is the inner product of the model's unit vectors, 1 at "
+            "most; equals stand in the order of the index.")
+    if any(one.matching is not None for found in answers.values() for one in found):
+        hint += (" The first of them are ordered anew by matching: the model reads query and found together and gives "
+                 "the log-odds that they belong together.")
     sections = [
         element("section", _query(given, samples.get(number)),
                 element("p", f"could not be used: {failed[number]}", class_="note") if number in failed
@@ -42,16 +45,17 @@ def page(
 
 def _query(given: Input, sample: Sample | None) -> list[Markup]:
     """What was asked: its words as the heading, its picture, its recording to listen to."""
-    parts = []
+    files = " + ".join(path.name for path in (given.image, given.audio) if path is not None)
+    files = files.encode(errors="backslashreplace").decode()
+    parts = [element("h2", f"“{given.text}”" if given.text is not None else files, style="overflow-wrap: anywhere")]
+    if given.text is not None and files:
+        parts.append(element("p", f"and {files}", class_="hint"))
     if sample is not None and sample.pictures:
         parts.append(element("img", src=_jpeg(sample), alt="the query", style="max-width: 14rem; border-radius: 10px"))
     if given.audio is not None and given.audio.is_file():
         parts.append(element("audio", controls="", src=_data(given.audio), style="display: block; max-width: 100%; "
                              "margin: 1rem 0"))
-    files = [path.name for path in (given.image, given.audio) if path is not None]
-    words = [f"“{given.text}”"] if given.text is not None else []
-    title = " + ".join([*words, *files]).encode(errors="backslashreplace").decode()
-    return [element("h2", title, style="overflow-wrap: anywhere"), *parts]
+    return parts
 
 
 def _card(rank: int, found: Found, shards: ShardReader) -> Markup:
