@@ -125,7 +125,7 @@ def _sought(config: SearchConfig, given: Sequence[str], index: Index) -> str:
     Raises UserError where the index holds none of it, or it cannot be matched with the query.
     """
     held = [modality for modality in ("image", "text", "audio") if modality in index.facts.rows]
-    sought = config.sought or next((modality for modality in held if modality not in given), held[0])
+    sought: str = config.sought or next((modality for modality in held if modality not in given), held[0])
     index.require(sought)
     if config.rerank and sought in given:
         raise UserError(f"--rerank asks whether query and found belong together, but both are {WHAT[sought]}: leave it "

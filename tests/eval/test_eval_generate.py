@@ -15,6 +15,7 @@ from opt.cli import main
 from opt.data.shards import ShardReader
 from opt.systems.system import Sampling, build, load
 
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("generate"))
