@@ -5,13 +5,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from fixtures import FACTS, fake_sample, fake_shards, tokenizer
 from jsonschema import Draft202012Validator
+from training import MODEL
 
 from eval import result as results
 from eval.result import Metric, Provenance, Result, read_result, write_result
+from opt.checkpoint import save_pretrained
+from opt.cli import main
 from opt.config import UserError
-from opt.data.manifest import Origin
+from opt.data.manifest import FrozenPart, Origin, write_manifest
+from opt.data.split import keys_sha256
 from opt.history import Corpus, Stage
+from opt.systems.system import build
 
 SCHEMA = json.loads(Path(results.__file__).with_name("result.schema.json").read_text())
 COCO = Origin("coco", "test")
@@ -104,3 +111,36 @@ def test_what_the_schema_forbids_is_not_written(tmp_path, wrong):
     with pytest.raises(ValueError):
         write_result(dataclasses.replace(WHOLE, metrics=(metric,)), tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A model that was trained on scenes, and shards of a frozen split of them."""
+    folder = tmp_path_factory.mktemp("schema")
+    scenes = Origin("spoken_scenes", "train")
+    stage = Stage("pretrain", "opt.tiny", (Corpus((scenes,), "d" * 64, 40),), "", 12, 480)
+    config = dataclasses.replace(MODEL, dropout=0.0, alignment_weight=1.0)
+    save_pretrained(build("opt", config, tokenizer(), FACTS), folder / "model", history=(stage,))
+    for name, numbers in (("test", range(12)), ("train", range(100, 140))):
+        made = fake_shards(folder / name, [fake_sample(number) for number in numbers]).manifest
+        write_manifest(folder / name, [shard.name for shard in made.shards], {}, made.region_classes, made.codebook,
+                       origins=(Origin("spoken_scenes", "test"),), split=FrozenPart("scenes-12", name, "e" * 64))
+    numbers = [*range(12), *range(100, 140)]
+    labels = [{"image_id": f"sample{number}", "labels": ["red", "blue"][: 1 + number % 2]} for number in numbers]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labels))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["retrieval", "transcribe", "caption", "classify"])
+def test_what_the_verbs_write_says_all_of_it(root, tmp_path, verb):
+    more = ["--train-shards", f"{root}/train", "--labels", f"{root}/labels.jsonl"] if verb == "classify" else []
+    words = ["eval", verb, str(root / "model"), str(root / "test"), "--out", str(tmp_path), "--limit", "10", *more]
+    assert main(words) == 0
+    found = read_result(tmp_path / f"{verb}.json")
+    told = found.provenance
+    assert (told.regime, told.split, told.part, told.samples) == ("in-domain", "scenes-12", "test", 10)
+    assert told.split_keys_sha256 == keys_sha256([f"sample{number}" for number in range(10)])
+    assert told.trained_on[0].corpora[0].origins == (Origin("spoken_scenes", "train"),)
+    assert (told.precision, told.text_limit, told.device[:3]) == ("float32", MODEL.text_positions, "cpu")
+    assert torch.__version__.startswith(told.packages["torch"].partition("+")[0])
+    assert found.metrics and not [metric.name for metric in found.metrics if not metric.protocol]
