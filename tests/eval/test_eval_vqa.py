@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from eval.vqa import VQAConfig, accuracy, kind, measure, vqa
+from eval.vqa import Ranked, VQAConfig, accuracy, kind, measure, vqa
 from opt.config import UserError
 
 
@@ -56,3 +56,29 @@ def test_figures_stand_beside_the_most_frequent_answer(make_task) -> None:
 def test_without_questions_it_says_so(tmp_path) -> None:
     with pytest.raises(UserError, match="--questions is missing"):
         vqa(VQAConfig(tmp_path, tmp_path))
+
+
+def test_candidates_reach_the_system_and_the_note(make_task) -> None:
+    samples = [dataclasses.replace(sample, caption="what?", answers=("red",)) for sample in
+               make_task((4, 1)).split.reader.samples]  # fmt: skip
+    task, given = make_task(samples), []
+
+    def answer(asked, candidates=None, shortlist=0):
+        given.append((candidates, shortlist))
+        return [candidates[1]] * len(asked)
+
+    task.system.answer = answer
+    metrics, *_ = measure(task, Ranked(("blue", "red", "green"), 2))
+    assert set(given) == {(("blue", "red", "green"), 2)}
+    assert metrics[0].value == 1.0 and metrics[0].note.startswith("the likeliest of 3 candidates, of which 2 by")
+    assert "first token" not in Ranked(("blue", "red"), 2).protocol
+    assert "not divided by the length" in Ranked(("blue",), 0).protocol
+
+
+def test_candidates_out_of_range_are_sentences(tmp_path) -> None:
+    path = tmp_path / "q"
+    path.write_text(json.dumps({"image_id": "a", "question": "what?"}) + "\n")
+    with pytest.raises(UserError, match="--candidates 0"):
+        vqa(VQAConfig(tmp_path, tmp_path, questions=path, candidates=0))
+    with pytest.raises(UserError, match="no question there has an answer to rank"):
+        vqa(VQAConfig(tmp_path, tmp_path, questions=path, rank_answers_of=path))
