@@ -75,7 +75,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = [*range(12), *range(100, 130)]
     asked = [{"image_id": f"sample{n}", "question": "what is red", "answers": ["red"]} for n in numbers]
     named = [{"image_id": f"sample{n}", "labels": ["red", "blue"][: 1 + n % 2]} for n in numbers]
-    for name, lines in (("questions", asked), ("labels", named)):
+    judged = [{"image_ids": [f"sample{n}", f"sample{n + 1}"], "question": "both are red", "answers": ["true"]}
+              for n in numbers[:10]]
+    for name, lines in (("questions", asked), ("labels", named), ("statements", judged)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Image.new("RGB", (64, 64)).save(folder / "picture.jpg")
     soundfile.write(folder / "talk.wav", np.full(16000, 0.01, np.float32), 16000)
@@ -84,8 +86,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def more_words(verb: str, root: Path) -> list[str]:
     """What a verb needs besides a model and shards."""
-    questions = ["--questions", f"{root}/questions.jsonl"]
-    return {"eval vqa": questions, "eval nlvr2": questions,
+    return {"eval vqa": ["--questions", f"{root}/questions.jsonl"],
+            "eval nlvr2": ["--statements", f"{root}/statements.jsonl"],
             "eval classify": ["--train-shards", f"{root}/train", "--labels", f"{root}/labels.jsonl"]}.get(verb, [])
 
 
@@ -161,6 +163,9 @@ def test_numbers_out_of_range(evaluation, verb: str, option: str):
         ("eval vqa", "text", "without a picture"),
         ("eval vqa", "speech", "without a picture"),
         ("eval vqa", "whole", "before it is tuned for that"),
+        ("eval nlvr2", "text", "without a picture"),
+        ("eval nlvr2", "speech", "without a picture"),
+        ("eval nlvr2", "whole", "before it is tuned for that"),
         ("eval classify", "codes", "a picture without regions"),
         *(("eval text-to-image", shards, "image codes|cannot be opened") for shards in LACKS),
     ],
