@@ -81,9 +81,9 @@ def word_errors(reference: str, hypothesis: str) -> int:
     return Levenshtein.distance(reference.split(), hypothesis.split())
 
 
-def character_errors(reference: str, hypothesis: str) -> int:
-    """Substitutions, deletions and insertions of characters; a space is one."""
-    return Levenshtein.distance(reference, hypothesis)
+def edit_kinds(reference: Sequence[str], hypothesis: Sequence[str]) -> Counter[str]:
+    """How many of the fewest edits between words, or between letters, are of each kind: replace, delete, insert."""
+    return Counter(step.tag for step in Levenshtein.editops(reference, hypothesis))
 
 
 def word_f1(hypothesis: str, references: Sequence[str]) -> float:

@@ -1,96 +1,21 @@
-"""Transcription, captions and the linear probe on a system whose answers are known."""
+"""The linear probe on a system whose answers are known, and the files of results."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from eval import captioning, classification, speech
+from eval import classification
 from eval.result import Metric, Result, measured, read_result, write_result
 from opt.config import UserError
-from opt.systems.system import Sampling
 
 HERE = (Path("model"), Path("shards"))
 
 
 def by_name(metrics):
     return {metric.name: metric for metric in metrics}
-
-
-def test_transcripts_are_scored_as_jiwer_does(make_task):
-    task = make_task((8, 2))
-    metrics, absent, examples, _ = speech.measure(task)
-    found = by_name(metrics)
-    references = [sample.caption for sample in task.split.reader.samples]
-    hypotheses = [f"caption number {text.split()[-1]}" for text in references]
-    assert found["transcribe.wer"].value == pytest.approx(jiwer.wer(references, hypotheses))
-    assert found["transcribe.wer"].better == "lower" and not absent
-    assert found["transcribe.wer"].chance == pytest.approx(1 / 5)  # "number N" differs, nothing else
-    assert examples[0]["reference"] == references[0] and len(examples) == 8
-    assert examples[0]["hypotheses"]["audio"] == "Caption, number 0!"
-
-
-def test_a_figure_says_how_its_text_was_searched_for(make_task, tmp_path):
-    beams = Sampling(beams=4, length_penalty=0.5)
-    heard = by_name(speech.measure(make_task((3, 1)), beams)[0])
-    assert heard["transcribe.wer"].note == "beam search, 4 beams, length penalty 0.5"
-    config = captioning.CaptionConfig(*HERE, sampling=beams, labels=write_labels(tmp_path / "l", 3, lambda n: ["cat"]))
-    for name, metric in by_name(captioning.measure(make_task((3, 1)), config)[0]).items():
-        assert "beam search, 4 beams" in metric.note, name
-
-
-def test_transcription_without_speech_is_a_sentence(make_task):
-    samples = [dataclasses.replace(sample, speech=None) for sample in make_task((2, 1)).split.reader.samples]
-    with pytest.raises(UserError, match="nothing to transcribe"):
-        speech.measure(make_task(samples))
-
-
-def test_transcription_without_pictures_leaves_the_second_figure_out(make_task):
-    samples = [dataclasses.replace(sample, pictures=()) for sample in make_task((3, 1)).split.reader.samples]
-    metrics, absent, *_ = speech.measure(make_task(samples))
-    assert list(by_name(metrics)) == ["transcribe.wer"]
-    assert set(absent) == {"transcribe.wer_image_audio", "transcribe.wer_gain.image"}
-
-
-def write_labels(path, count, label):
-    path.write_text("".join(json.dumps({"image_id": f"scene-{n}", "labels": label(n)}) + "\n" for n in range(count)))
-    return path
-
-
-def test_captions_are_judged_by_the_objects_they_name(make_task, tmp_path):
-    colors = ["red", "blue", "green", "white"]
-    labels = write_labels(tmp_path / "labels.jsonl", 8, lambda n: [f"{colors[n % 4]} circle"])
-    task = make_task((8, 2))
-    task.system.generate_text = lambda samples, modalities, sampling: [
-        f"a big {'green' if sample.key == 'scene-0' else colors[int(sample.key[6:]) % 4]} dotted circle"
-        for sample in samples
-    ]
-    metrics, absent, examples, _ = captioning.measure(task, captioning.CaptionConfig(*HERE, labels=labels))
-    found = by_name(metrics)
-    assert found["caption.object_hit"].value == found["caption.object_precision"].value == 7 / 8
-    assert found["caption.object_hit"].n == 8 and found["caption.object_hit"].chance < 0.6 and not absent
-    assert len(examples[0]["references"]) == 2 and (task.folder / examples[0]["picture"]).is_file()
-
-
-def test_captions_without_labels_still_have_a_figure(make_task, tmp_path):
-    metrics, absent, *_ = captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE))
-    assert [metric.name for metric in metrics] == ["caption.word_f1"]
-    assert metrics[0].value == pytest.approx(2 * 2 / 8) and metrics[0].chance < metrics[0].value
-    assert set(absent) == set(captioning.OBJECT_METRICS)
-    foreign = write_labels(tmp_path / "labels.jsonl", 0, str)
-    foreign.write_text('{"image_id": "elsewhere", "labels": ["cat"]}\n')
-    with pytest.raises(UserError, match="labels for none"):
-        captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE, labels=foreign))
-
-
-def test_a_labels_file_without_labels_is_not_taken_for_none_given(make_task, tmp_path):
-    empty = write_labels(tmp_path / "labels.jsonl", 0, str)
-    with pytest.raises(UserError, match="holds no labels"):
-        captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE, labels=empty))
 
 
 def test_the_probe_finds_the_minimum_that_scikit_learn_finds():
