@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.page.compared import RULE, SIGNS, Compared, compare, reason
 from eval.page.dots import COLOURS, Dot, Row, dot_plot, nice_top
-from eval.page.figures import points, protocol
+from eval.page.figures import measured_by, points, protocol
 from eval.page.markup import Markup, document, element, joined, table
 from eval.page.provenance import blocks, cell, columns, commands, head, missing
 from eval.page.reported import MARK, Reported, reported, source
@@ -109,7 +109,8 @@ def _table(runs: Sequence[Run], task: str, rows: Sequence[Compared]) -> Markup:
         )
         for row in rows
     ]  # fmt: skip
-    return joined([table(["", *heads, "chance", "n"], body, class_="compared"), _notes(runs, task, rows, tables)])
+    said = measured_by([metric for row in rows for metric in row.equals])
+    return joined([table(["", *heads, "chance", "n"], body, class_="compared"), _notes(runs, task, rows, tables), said])
 
 
 def _label(metric: Metric) -> Markup:
@@ -168,16 +169,19 @@ def _plot(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup | None:
     for row in plotted:
         alone = row.first.unit == "score" or max(_ends(row)) > 1  # CIDEr-D would squeeze BLEU beside it
         groups.setdefault(row.first.name if alone else row.first.better, []).append(row)
-    parts = [_scale(runs, some, nice_top([end for row in some for end in _ends(row)])) for some in groups.values()]
-    return element("div", parts) if parts else None
+    return element("div", [_scale(runs, some) for some in groups.values()]) if groups else None
 
 
 def _ends(row: Compared) -> list[float]:
-    """The upper ends of a row's figures."""
-    return [(metric.interval or (0.0, metric.value))[1] for metric in row.metrics if metric is not None]
+    """The ends of a row's intervals, or its figures."""
+    return [end for metric in row.metrics if metric is not None for end in metric.interval or (metric.value,)]
 
 
-def _scale(runs: Sequence[Run], rows: Sequence[Compared], top: float) -> Markup:
+def _scale(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup:
+    """Rows on a common scale that begins at nought, or below where figures do."""
+    ends = [end for row in rows for end in _ends(row)]
+    low, top = -nice_top([-end for end in ends]) if min(ends) < 0 else 0.0, nice_top(ends)
+    said = [f"{100 * end:g} %" if rows[0].first.unit == "share" and end else f"{end:g}" for end in (low, top)]
     drawn = []
     for row in rows:
         lines = [
@@ -187,7 +191,7 @@ def _scale(runs: Sequence[Run], rows: Sequence[Compared], top: float) -> Markup:
         ]  # fmt: skip
         label = joined([words(row.first), element("span", " (lower is better)") if row.first.better == "lower" else ""])
         drawn.append(Row(label, lines, row.first.chance))
-    return dot_plot(drawn, top, ("0", f"{100 * top:g} %" if rows[0].first.unit == "share" else f"{top:g}"))
+    return dot_plot(drawn, top, (said[0], said[1]), low)
 
 
 def absent(runs: Sequence[Run]) -> Markup | None:

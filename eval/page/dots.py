@@ -75,8 +75,8 @@ LINE_HEIGHT = 16
 TICKS = 4
 
 
-def dot_plot(rows: Sequence[Row], top: float, ends: tuple[str, str]) -> Markup:
-    """Rows on a common scale from 0 to `top`, whose ends are called `ends`: dots, intervals, chance as a tick.
+def dot_plot(rows: Sequence[Row], top: float, ends: tuple[str, str], low: float = 0.0) -> Markup:
+    """Rows on a common scale from `low` to `top`, whose ends are called `ends`: dots, intervals, chance as a tick.
 
     Places are shares of the width, so that the plot fits any screen and letters keep their size.
     """
@@ -86,28 +86,28 @@ def dot_plot(rows: Sequence[Row], top: float, ends: tuple[str, str]) -> Markup:
         cells += [
             element("div", row.label, class_="label"),
             element("div", names, class_="names"),
-            _lines(row, top),
+            _lines(row, low, top),
         ]
     axis = [element("span", end) for end in ends]
     return element("div", cells, element("div", axis, class_="axis"), class_="dots")
 
 
-def _lines(row: Row, top: float) -> Markup:
+def _lines(row: Row, low: float, top: float) -> Markup:
     height = LINE_HEIGHT * len(row.lines)
 
     def x(value: float) -> str:
-        return f"{100 * min(max(value / top, 0), 1):.2f}%"
+        return f"{100 * min(max((value - low) / (top - low), 0), 1):.2f}%"
 
-    parts = [element("line", x1=x(top * tick / TICKS), x2=x(top * tick / TICKS), y1=0, y2=height, class_="grid")
-             for tick in range(TICKS + 1)]  # fmt: skip
-    if row.chance is not None and row.chance <= top:
+    parts = [element("line", x1=x(place), x2=x(place), y1=0, y2=height, class_="grid")
+             for place in (low + (top - low) * tick / TICKS for tick in range(TICKS + 1))]  # fmt: skip
+    if row.chance is not None and low <= row.chance <= top:
         parts.append(element("line", x1=x(row.chance), x2=x(row.chance), y1=1, y2=height - 1, class_="chance"))
     for place, (_, dots) in enumerate(row.lines):
         y = LINE_HEIGHT * (place + 0.5)
         for dot in dots:
             if dot.interval is not None:
-                low, high = dot.interval
-                parts.append(element("line", x1=x(low), x2=x(high), y1=y, y2=y, class_=f"spread {dot.class_}"))
+                first, last = dot.interval
+                parts.append(element("line", x1=x(first), x2=x(last), y1=y, y2=y, class_=f"spread {dot.class_}"))
             parts.append(element("circle", element("title", dot.title), cx=x(dot.value), cy=y, r=4, class_=dot.class_))
     said = "; ".join(dot.title for _, dots in row.lines for dot in dots)
     return element("svg", parts, height=height, role="img", aria_label=said)

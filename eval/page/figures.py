@@ -20,6 +20,19 @@ def protocol(metric: Metric) -> str:
     return "; ".join(part for part in parts if part)
 
 
+def measured_by(metrics: Sequence[Metric]) -> Markup | None:
+    """How the figures of a table were measured: protocols, normalisers and notes, each once."""
+    said = {
+        "Protocol": [metric.protocol for metric in metrics],
+        "Normalised": [metric.normaliser for metric in metrics],
+        "Notes": [metric.note for metric in metrics],
+        "Chance": [metric.chance_method for metric in metrics],
+    }
+    once = {kind: " · ".join(dict.fromkeys(filter(None, texts))) for kind, texts in said.items()}
+    parts = [[element("b", kind), f" {text}. "] for kind, text in once.items() if text]
+    return element("p", parts, class_="small") if parts else None
+
+
 def figures(metrics: Sequence[Metric], labels: Mapping[str, str] | None = None) -> Markup:
     """One row a metric: words, value, bar, interval, chance, n; the paper's figure of the same name beneath in grey."""
     tables = reported([metric.name for metric in metrics])
@@ -35,7 +48,8 @@ def figures(metrics: Sequence[Metric], labels: Mapping[str, str] | None = None) 
             element("td", f"{metric.n:,}"),
         ))  # fmt: skip
         rows += [_grey(metric, one) for one in tables if metric.name in one.figures]
-    return joined([table(["", "", "", "95 % interval", "chance", "n"], rows), grey_notes(tables)])
+    drawn = table(["", "", "", "95 % interval", "chance", "n"], rows)
+    return joined([drawn, measured_by(metrics), grey_notes(tables)])
 
 
 def _bar(metric: Metric) -> Markup | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.page.cards import gallery, worst
 from eval.page.dots import Dot, Row, dot_plot
-from eval.page.figures import figures, gains, grey_notes, protocol, section
+from eval.page.figures import figures, gains, grey_notes, measured_by, protocol, section
 from eval.page.markup import Markup, element, joined, picture, table
 from eval.page.reported import MARK, Reported, reported
 from eval.page.run import Run
@@ -93,10 +93,12 @@ def _table(recalls: Recalls) -> Markup:
     heads = ["", *[f"R@{depth}" for _ in ways for depth in DEPTHS], "chance", "queries"]
     seconds = sorted({metric.rerank_k for found in recalls.values() for metric in found.values() if metric.rerank_k})
     note = seconds and element(
-        "p", f"In two stages: the best {' or '.join(map(str, seconds))} by alignment are ordered again by matching.",
+        "p", f"In two stages: the best {' or '.join(map(str, seconds))} by alignment are ordered again by matching. "
+        "A dash: not asked for.",
         class_="small",
     )  # fmt: skip
-    return joined([table(heads, rows, above, "recalls"), note or None, grey_notes(tables)])
+    said = measured_by([metric for found in recalls.values() for metric in found.values()])
+    return joined([table(heads, rows, above, "recalls"), note or None, said, grey_notes(tables)])
 
 
 def _row(name: str, found: Mapping[tuple[str, int], Metric], ways: Sequence[str]) -> Markup:
@@ -136,19 +138,24 @@ def _grey(name: str, one: Reported, ways: Sequence[str]) -> Markup:
 
 
 def search(folder: Path, example: Mapping[str, Any]) -> Markup:
-    """A query and what was found for it: pictures, or texts; the right one is ringed."""
-    given = [example.get(name) for name in ("text", "query") if example.get(name)]
-    asked = picture(folder, example["picture"]) if example.get("picture") and not given else None
-    found = [
-        element("p", str(hit["text"]), class_="hit" if hit.get("right") else "miss") if hit.get("text")
-        else picture(folder, hit.get("picture"), class_="hit" if hit.get("right") else "")
-        for hit in example.get("found") or ()
+    """A query and what was found for it, pictures or texts, the right one ringed; a right picture not found beside it.
+    """
+    found = [hit for hit in example.get("found") or () if isinstance(hit, Mapping)]
+    texts = [
+        element("p", str(hit["text"]), class_="hit" if hit.get("right") else None) for hit in found if hit.get("text")
+    ]
+    pictures = [
+        picture(folder, hit.get("picture"), class_="hit" if hit.get("right") else "")
+        for hit in found if not hit.get("text")
     ]  # fmt: skip
-    texts = any(hit.get("text") for hit in example.get("found") or ())
+    asked = example.get("text")
+    beside = example.get("picture") if asked is None or not any(hit.get("right") for hit in found) else None
+    aside = element("div", picture(folder, beside, class_="hit" if asked else ""), class_="asked") if beside else None
+    words = element("p", f"“{asked}”") if asked else None
     return element(
         "div",
-        element("div", asked, class_="asked") if asked else None,
-        element("p", f"“{given[0]}”") if given else None,
-        element("div", found, class_="texts" if texts else "row"),
+        element("div", words, aside, class_="given"),
+        element("div", texts, class_="texts") if texts else None,
+        element("div", pictures, class_="row") if pictures else None,
         class_="query",
     )

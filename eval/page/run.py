@@ -1,6 +1,6 @@
 """What the pages show of a run: its results, its training, its settings, read from its folder.
 
-    RUN/results/*.json, RUN/metrics.jsonl, RUN/config.json, RUN/seconds.json --> Run
+    RUN/results/*.json, RUN/results/confusions.json, RUN/metrics.jsonl, RUN/config.json, RUN/seconds.json --> Run
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from eval.page.words import TITLES
 from eval.result import Metric, Result, read_result
 from opt.config import UserError
 
+CONFUSIONS = "confusions.json"
+"""Beside the results: what `opt eval transcribe` counts of words taken for others; the one JSON file there that is no
+result."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -28,6 +32,8 @@ class Run:
     validation: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    confusions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By what was given: words, substitutions, deletions, insertions, and confusions [(said, written, times), ...]."""
 
     @property
     def empty(self) -> bool:
@@ -43,15 +49,31 @@ def read_run(folder: Path, name: str = "") -> Run:
     """A run's folder, under `name` or its own. Raises UserError for a file that is damaged."""
     results = _results(folder / "results")
     training, validation = _training(folder / "metrics.jsonl")
-    return Run(name or folder.resolve().name, folder / "results", results, training, validation,
-               _json(folder / "config.json"), _seconds(folder, results))  # fmt: skip
+    return Run(
+        name or folder.resolve().name, folder / "results", results, training, validation,
+        _json(folder / "config.json"), _seconds(folder, results), _confusions(folder / "results" / CONFUSIONS),
+    )  # fmt: skip
 
 
 def _results(folder: Path) -> dict[str, Result]:
     """Results by task, in the pages' order. Raises UserError for a JSON file that is none."""
-    found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
+    found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json")) if path.name != CONFUSIONS}
     known = [task for task in TITLES if task in found]
     return {task: found[task] for task in [*known, *(task for task in found if task not in known)]}
+
+
+def _confusions(path: Path) -> dict[str, dict[str, Any]]:
+    """Counts of words taken for others. Raises UserError for a file that holds something else."""
+    found = _json(path)
+    try:
+        for counts in found.values():
+            if any(not isinstance(counts[kind], int) for kind in ("words", "substitutions", "deletions", "insertions")):
+                raise TypeError("no counts")
+            if any([type(part) for part in entry] != [str, str, int] for entry in counts["confusions"]):
+                raise TypeError("no confusions")
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is not what `opt eval transcribe` writes ({error}); run it again") from error
+    return found
 
 
 def _training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

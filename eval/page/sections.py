@@ -15,21 +15,26 @@ from eval.page.markup import Markup, element, joined, picture
 from eval.page.run import Run
 from eval.page.words import HINTS, TITLES, is_gain
 
+CONFUSED = 24
+"""Confusions of words that are shown; the file beside the results holds more."""
 KINDS = {"generated": "generated", "true_codes": "true codes", "picture": "true"}
 """Pictures of a drawn example, in order."""
 
 
-def plain(run: Run, task: str, card: Card = sample, class_: str = "gallery", examples: bool = True) -> Markup | None:
-    """Figures of any task, its paired differences, the first of its examples and those that failed worst."""
+def plain(
+    run: Run, task: str, card: Card = sample, class_: str = "gallery", examples: bool = True, more: Any = None
+) -> Markup | None:
+    """Figures of any task, its paired differences, `more`, the first of its examples and those that failed worst."""
     result = run.results.get(task)
     if result is None or not (result.metrics or result.examples or result.worst):
         return None
     levels = [metric for metric in result.metrics if not is_gain(metric)]
-    more = [metric for metric in result.metrics if is_gain(metric)]
+    gained = [metric for metric in result.metrics if is_gain(metric)]
     return section(
         TITLES.get(task, task), HINTS.get(task),
         figures(levels) if levels else None,
-        [element("h3", GAINED.get(task, "Paired differences, in points")), gains(more)] if more else None,
+        [element("h3", GAINED.get(task, "Paired differences, in points")), gains(gained)] if gained else None,
+        more,
         gallery(run.pictures, result.examples, card, class_) if examples and result.examples else None,
         worst(run.pictures, result, card, class_),
     )  # fmt: skip
@@ -40,7 +45,22 @@ GAINED = {"transcribe": "What the picture spares, in points of word error rate"}
 
 def transcription(run: Run) -> Markup | None:
     """Word and character error rates, and the recordings that were written down worst."""
-    return plain(run, "transcribe", transcript, examples=False)
+    return plain(run, "transcribe", transcript, examples=False, more=_confusions(run))
+
+
+def _confusions(run: Run) -> Markup | None:
+    """What was said and what was written for it instead, the most frequent first."""
+    parts = []
+    for given, counts in run.confusions.items():
+        said = (f"From {given}, of {counts['words']:,} words: {counts['substitutions']:,} taken for others, "
+                f"{counts['deletions']:,} left out, {counts['insertions']:,} added.")  # fmt: skip
+        pairs = [
+            element("li", element("del", said) if said else None, element("ins", written) if written else None,
+                    f" {times:,} ×")
+            for said, written, times in counts["confusions"][:CONFUSED]
+        ]  # fmt: skip
+        parts.append([element("p", said, class_="hint"), element("ul", pairs, class_="confused")])
+    return joined([element("h3", "Words taken for others"), parts]) if parts else None
 
 
 def captions(run: Run) -> Markup | None:

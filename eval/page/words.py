@@ -38,10 +38,11 @@ DIRECTIONS = (
 )  # fmt: skip
 """The paper's five first."""
 PAPER = DIRECTIONS[:5]
+KINDS = {"": "", "_true_codes": ", true pictures from their codes", "_real": ", true pictures"}
+"""Which pictures are judged, by the suffix of a figure's name."""
 WAYS = {"": "by alignment", "_two_stage": "in two stages", "_all_pairs": "by matching all pairs"}
 """How candidates are ordered, by the suffix of a recall's name."""
 WORDS = {
-    "retrieval.image_text.mean": "mean of R@1, 5 and 10, image and text, both ways",
     "caption.object_hit": "captions that name an object that is there",
     "caption.object_precision": "named objects that are there",
     "caption.word_f1": "words shared with the reference captions (F1)",
@@ -50,9 +51,7 @@ WORDS = {
     "caption.cider_d": "CIDEr-D",
     "caption.meteor": "METEOR",
     "caption.spice": "SPICE",
-    "text_to_image.object_found": "a named object is found in the generated picture",
-    "text_to_image.object_found_true_codes": "the same in the true picture, decoded from its codes",
-    "text_to_image.object_found_real": "the same in the true picture",
+    "text_to_image.object_found": "a named object is found",
     "text_to_image.clip_score": "CLIPScore",
     "text_to_image.r_precision": "own caption first among 100 (R-precision)",
     "vqa.accuracy": "questions answered rightly (VQA accuracy)",
@@ -75,7 +74,9 @@ MODALITIES = ("text", "image", "audio")
 
 RECALL = re.compile(r"retrieval\.(?P<direction>\w+_to_\w+)\.r(?P<depth>\d+)(?P<way>_two_stage|_all_pairs|)")
 RATE = re.compile(r"transcribe\.(?P<rate>wer|cer)(?P<picture>_image_audio|)(?P<normalised>_raw|_whisper|)")
-NETWORK = re.compile(r"text_to_image\.(?P<kind>fid|kid)_(?P<network>\w+)")
+MEAN = re.compile(r"retrieval\.image_text\.mean(?P<way>_two_stage|_all_pairs|)")
+DRAWN = re.compile(r"(?P<name>text_to_image\.\w+?)(?P<kind>_true_codes|_real|)")
+NETWORK = re.compile(r"text_to_image\.(?P<distance>fid|kid)_(?P<network>\w+)")
 SUBSET = re.compile(r"classify\.map(?P<micro>_micro|)\.(?P<subset>\w+)")
 
 
@@ -85,13 +86,17 @@ def words(metric: Metric) -> str:
     if name in WORDS:
         return WORDS[name]
     if found := RECALL.fullmatch(name):
-        way = WAYS[found["way"]] if found["way"] else ""
-        return f"{direction(found['direction'])}, R@{found['depth']}{', ' + way if way else ''}"
+        return f"{direction(found['direction'])}, R@{found['depth']}{_way(found['way'])}"
+    if found := MEAN.fullmatch(name):
+        return f"mean of R@1, 5 and 10, image and text both ways{_way(found['way'])}"
     if found := RATE.fullmatch(name):
         given = "speech and picture" if found["picture"] else "speech alone"
         return f"{RATES[found['rate']]}, from {given}{NORMALISED[found['normalised']]}"
-    if found := NETWORK.fullmatch(name):
-        return f"{found['kind'].upper()}, features of {found['network']}"
+    if found := DRAWN.fullmatch(name):
+        base, kind = found["name"], KINDS[found["kind"]]
+        if distance := NETWORK.fullmatch(base):
+            return f"{distance['distance'].upper()} by the {distance['network']} network{kind}"
+        return f"{WORDS.get(base, base)}{kind}"
     if found := SUBSET.fullmatch(name):
         subset = [word for word in found["subset"].split("_") if word in MODALITIES]
         return " + ".join(subset or [found["subset"]]) + (", micro average" if found["micro"] else "")
@@ -100,6 +105,10 @@ def words(metric: Metric) -> str:
     if name.startswith("classify.gain."):
         return gain(metric)
     return name
+
+
+def _way(suffix: str) -> str:
+    return f", {WAYS[suffix]}" if suffix else ""
 
 
 def direction(name: str) -> str:

@@ -260,6 +260,20 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
     assert "<h2>True or false of two pictures</h2>" in text and "<dd>true</dd>" in text
 
 
+def test_words_taken_for_others_are_shown(tmp_path):
+    run = write(tmp_path / "run", WER)
+    counts = {"words": 1200, "substitutions": 27, "deletions": 13, "insertions": 5}
+    path = run / "results" / "confusions.json"
+    path.write_text(json.dumps({"audio": counts | {"confusions": [["orange", EVIL, 2], ["", "the", 1]]}}))
+    text = single(run)
+    assert "of 1,200 words: 27 taken for others" in text and "<del>orange</del><ins>&lt;script" in text
+    assert "<li><ins>the</ins> 1 ×</li>" in text
+    for wrong in ({"audio": counts}, {"audio": counts | {"confusions": [["a", "b"]]}}, {"audio": 3}, {"audio": None}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"confusions.json is not what `opt eval transcribe` writes"):
+            single(run)
+
+
 # ---- words, the paper's figures, plots ------------------------------------------------------------------------------
 
 
@@ -270,7 +284,11 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
         ("retrieval.image_to_text_audio.r1", "image → text + audio, R@1"),
         ("transcribe.cer_image_audio_whisper", "character error rate, from speech and picture, Whisper's normaliser"),
         ("transcribe.wer_raw", "word error rate, from speech alone, as written"),
-        ("text_to_image.fid_tiny", "FID, features of tiny"),
+        ("text_to_image.fid_tiny", "FID by the tiny network"),
+        ("text_to_image.kid_tiny_true_codes", "KID by the tiny network, true pictures from their codes"),
+        ("text_to_image.object_found_real", "a named object is found, true pictures"),
+        ("text_to_image.new_thing", "text_to_image.new_thing"),
+        ("retrieval.image_text.mean_two_stage", "mean of R@1, 5 and 10, image and text both ways, in two stages"),
         ("classify.map_micro.text_audio", "text + audio, micro average"),
         ("caption.cider_d", "CIDEr-D"),
         ("caption.never_heard_of", "caption.never_heard_of"),
@@ -305,5 +323,7 @@ def test_plots_stay_in_their_frame():
     places = [float(number) for number in re.findall(r'(?:x1|x2|cx)="([-\d.]+)%"', plot)]
     assert places and all(0 <= place <= 100 for place in places) and "&lt;b&gt;" in plot
     assert plot.count('class="chance"') == 1  # one lies beyond the end
+    below = dot_plot([Row("KID", [("1", [Dot(-0.5, (-1.0, 0.5), "run-0", "")])])], 1.0, ("-1", "1"), low=-1.0)
+    assert 'cx="25.00%"' in below and 'x1="0.00%" x2="75.00%"' in below
     tops = [nice_top([value]) for value in (0.0, 0.13, 1.0, 1.26, 23.4, 0.011)]
     assert tops == pytest.approx([1.0, 0.15, 1.0, 1.5, 25, 0.015])
