@@ -13,30 +13,55 @@ RESAMPLES = 1000
 # ---- classification -------------------------------------------------------------------------------------------------
 
 
-def average_precision(scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None) -> np.ndarray:
+def average_precision(
+    scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None,
+    verified_NC: np.ndarray | None = None,
+) -> np.ndarray:
     """Step-wise average precision of each class, (C,), or (S, C) with weights; NaN for a class without a positive.
 
     Equal scores enter together, as in scikit-learn. `weights_SN` says how often each sample counts: one row a resample.
+    `verified_NC` bool: samples that count for a class at all; None: all of them for all.
     """
     weights = np.ones((1, len(scores_NC))) if weights_SN is None else np.asarray(weights_SN, np.float64)
+    verified = np.ones_like(labels_NC, bool) if verified_NC is None else verified_NC
     result_SC = np.full((len(weights), scores_NC.shape[1]), np.nan)
-    for number in range(scores_NC.shape[1]):
-        order = np.argsort(-scores_NC[:, number], kind="stable")
-        score, label, weight_SN = scores_NC[order, number], labels_NC[order, number].astype(bool), weights[:, order]
-        last = np.searchsorted(-score, -score, side="right") - 1  # where each run of equal scores ends
-        hits_SN = np.where(label, weight_SN, 0.0)
-        true_S = hits_SN.sum(1)
-        precision_SN = np.cumsum(hits_SN, 1)[:, last] / np.maximum(np.cumsum(weight_SN, 1)[:, last], 1e-300)
-        some_S = true_S > 0
-        result_SC[some_S, number] = (hits_SN * precision_SN).sum(1)[some_S] / true_S[some_S]
+    for number, kept in enumerate(verified.T):
+        result_SC[:, number] = _stepwise(scores_NC[kept, number], labels_NC[kept, number], weights[:, kept])
     return result_SC[0] if weights_SN is None else result_SC
 
 
 def mean_average_precision(
-    scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None
+    scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None,
+    verified_NC: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Mean of `average_precision` over the classes that have a positive: () or, with weights, (S,)."""
-    return np.asarray(np.nanmean(average_precision(scores_NC, labels_NC, weights_SN), axis=-1))
+    """Macro: the mean of `average_precision` over the classes that have a positive: () or, with weights, (S,)."""
+    return np.asarray(np.nanmean(average_precision(scores_NC, labels_NC, weights_SN, verified_NC), axis=-1))
+
+
+def micro_average_precision(
+    scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None,
+    verified_NC: np.ndarray | None = None,
+) -> np.ndarray:
+    """Average precision over all verified pairs of a sample and a class in one list: () or, with weights, (S,)."""
+    kept = np.ones_like(labels_NC, bool) if verified_NC is None else verified_NC
+    scores, labels, sample = scores_NC[kept], labels_NC[kept], np.nonzero(kept)[0]
+    if weights_SN is None:
+        return _stepwise(scores, labels, np.ones((1, len(scores))))[0]
+    together = max(1, 4_000_000 // max(1, len(scores)))  # resamples in memory at once
+    pieces = [_stepwise(scores, labels, weights_SN[first : first + together, sample].astype(np.float64))
+              for first in range(0, len(weights_SN), together)]  # fmt: skip
+    return np.concatenate(pieces)
+
+
+def _stepwise(scores: np.ndarray, labels: np.ndarray, weights_SN: np.ndarray) -> np.ndarray:
+    """Average precision (S,) of one list of N scores with weights; NaN where no positive has any."""
+    order = np.argsort(-scores, kind="stable")
+    score, label, weight_SN = scores[order], labels[order].astype(bool), weights_SN[:, order]
+    last = np.searchsorted(-score, -score, side="right") - 1  # where each run of equal scores ends
+    hits_SN = np.where(label, weight_SN, 0.0)
+    true_S = hits_SN.sum(1)
+    precision_SN = np.cumsum(hits_SN, 1)[:, last] / np.maximum(np.cumsum(weight_SN, 1)[:, last], 1e-300)
+    return np.where(true_S > 0, (hits_SN * precision_SN).sum(1) / np.where(true_S > 0, true_S, 1), np.nan)
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------

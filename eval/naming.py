@@ -58,23 +58,45 @@ class LabelFinder:
 
 def read_labels(path: Path) -> dict[str, frozenset[str]]:
     """Labels of each picture by record key, from lines {"image_id", "labels"}. Raises UserError naming the line."""
+    return read_verdicts(path)[0]
+
+
+def read_verdicts(path: Path) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
+    """Labels of each picture by record key, and those that a person says are absent, of the lines that have "absent".
+
+    Lines {"image_id", "labels", "absent"}, the last one optional (Open Images: verified negatives). Raises UserError
+    naming the line.
+    """
     if not path.is_file():
         raise UserError(f'{path} does not exist; expected a file of lines {{"image_id": ..., "labels": [...]}}')
     labels: dict[str, frozenset[str]] = {}
+    absent: dict[str, frozenset[str]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            names = entry["labels"]
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError("labels must be a list of texts")
-            labels[clean_key(entry["image_id"])] = frozenset(names)
+            key = clean_key(entry["image_id"])
+            labels[key] = _names(entry["labels"])
+            if "absent" in entry:
+                absent[key] = _names(entry["absent"])
+                if both := labels[key] & absent[key]:
+                    raise ValueError(f"{min(both)!r} is both there and absent")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: expected {{"image_id": text, "labels": [text, ...]}}') from error
+            raise UserError(
+                f'{path}, line {number}: expected {{"image_id": text, "labels": [text, ...]}}, and if it has "absent" '
+                "other texts there"
+            ) from error
     if not labels:
         raise UserError(f"{path} holds no labels")
-    return labels
+    return labels, absent
+
+
+def _names(entry: object) -> frozenset[str]:
+    """Raises TypeError for anything but a list of texts."""
+    if not isinstance(entry, list) or not all(isinstance(name, str) for name in entry):
+        raise TypeError("must be a list of texts")
+    return frozenset(entry)
 
 
 def _forms(head: str) -> set[str]:

@@ -23,8 +23,8 @@ LINES = [
 @pytest.fixture
 def task(make_task, tmp_path: Path):
     samples = [fake_sample(number) for number in range(12)]
-    samples = [dataclasses.replace(sample, pictures=(dataclasses.replace(sample.pictures[0], jpeg=b"jpeg of %d" % number),))
-               for number, sample in enumerate(samples)]  # fmt: skip
+    samples = [dataclasses.replace(sample, pictures=(dataclasses.replace(sample.pictures[0], jpeg=b"jpeg of %d" % n),))
+               for n, sample in enumerate(samples)]  # fmt: skip
     reader = fake_shards(tmp_path / "shards", samples)
     path = tmp_path / "statements.jsonl"
     path.write_text("".join(json.dumps({
