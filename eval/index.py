@@ -53,8 +53,7 @@ class IndexConfig:
     modalities: tuple[Modality, ...] = ()
     """What to embed; by default all that the shards hold."""
     faiss: str | None = None
-    """Search by FAISS instead of exactly: a factory string such as HNSW32 or IVF256,Flat, and after a space how it is
-    searched, "HNSW32 efSearch=64". Worth it from about a million entries on; how much it finds is measured and said."""
+    """Search by FAISS, which looks at some entries only, from a million on: HNSW32, or "IVF1024,Flat nprobe=32"."""
     batch: int = 64
     """Samples in one call of the model: speed and memory."""
 
@@ -130,7 +129,8 @@ class Index:
 def index(config: IndexConfig) -> None:
     """Embed pictures, captions and recordings once, so that `opt search` finds them by words, pictures or speech.
 
-    Every distinct picture, every caption and every recording becomes a vector of unit length. Vectors are float32.
+    Every distinct picture, every caption and every recording becomes a vector of unit length, a float32 a number. A
+    search compares them all, or by FAISS some of them: how many of the true first ten it finds is measured and said.
 
     Examples, one that is searched exactly, and one for a million pictures:
 
