@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.page.compared import RULE, SIGNS, Compared, compare, reason
 from eval.page.dots import COLOURS, Dot, Row, dot_plot, nice_top
-from eval.page.figures import measured_by, points, protocol
+from eval.page.figures import measured_by, points, protocol, shared_notes
 from eval.page.markup import Markup, document, element, joined, table
 from eval.page.provenance import blocks, cell, columns, commands, head, missing
 from eval.page.reported import MARK, Reported, reported, source
@@ -49,7 +49,7 @@ def header(runs: Sequence[Run]) -> Markup:
 def listed(runs: Sequence[Run]) -> Markup:
     """A row a run: its number and name, system, steps, and what it was measured with."""
     names = [name for name in columns([result for run in runs for result in run.results.values()])
-             if name not in ("seed", "samples")]  # fmt: skip
+             if name not in ("seed", "samples", "text_limit")]  # fmt: skip
     rows = []
     for place, run in enumerate(runs):
         results = list(run.results.values())
@@ -75,10 +75,11 @@ def _several(values: Sequence[Any], name: str) -> Markup:
 def of_task(runs: Sequence[Run], task: str) -> Markup | None:
     """The table of a task, its plot, its paired differences."""
     rows = compare(runs, task)
-    levels = [row for row in rows if not is_gain(row.first)]
-    gained = [row for row in rows if is_gain(row.first)]
     if not rows:
         return None
+    gained = [row for row in rows if is_gain(row.first)]
+    deeper = [row for row in rows if (found := RECALL.fullmatch(row.first.name)) and found["depth"] != "1"]
+    levels = [row for row in rows if row not in gained and row not in deeper]
     plot = _plot(runs, levels)
     if plot is not None and len(runs) > MOST_PLOTTED:
         plot = element("details", element("summary", "The same as a plot"), plot)
@@ -87,6 +88,8 @@ def of_task(runs: Sequence[Run], task: str) -> Markup | None:
         element("p", HINTS[task], class_="hint") if task in HINTS else None,
         _table(runs, task, levels) if levels else None,
         plot,
+        element("details", element("summary", "Recall at greater depths"), _table(runs, task, deeper)) if deeper
+        else None,
         element("details", element("summary", "Paired differences within each run, in points"),
                 _table(runs, task, gained)) if gained else None,
     ])  # fmt: skip
@@ -109,8 +112,20 @@ def _table(runs: Sequence[Run], task: str, rows: Sequence[Compared]) -> Markup:
         )
         for row in rows
     ]  # fmt: skip
-    said = measured_by([metric for row in rows for metric in row.equals])
+    said = measured_by([metric for row in rows for metric in row.equals], _common(rows))
     return joined([table(["", *heads, "chance", "n"], body, class_="compared"), _notes(runs, task, rows, tables), said])
+
+
+def _common(rows: Sequence[Compared]) -> list[str]:
+    """Notes that most figures of a run share, with the numbers of the runs unless all have them."""
+    columns = [[metric for metric in column if metric is not None]
+               for column in zip(*(row.metrics for row in rows), strict=True)]  # fmt: skip
+    having: dict[str, list[str]] = {}
+    for place, metrics in enumerate(columns):
+        for note in shared_notes(metrics):
+            having.setdefault(note, []).append(str(place + 1))
+    measured = sum(map(bool, columns))
+    return [note if len(runs) == measured else f"{note} ({', '.join(runs)})" for note, runs in having.items()]
 
 
 def _label(metric: Metric) -> Markup:
@@ -164,9 +179,8 @@ def _notes(runs: Sequence[Run], task: str, rows: Sequence[Compared], tables: Seq
 
 def _plot(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup | None:
     """Dots with intervals, a line a run: shares on a common scale, each score on its own."""
-    plotted = [row for row in rows if (found := RECALL.fullmatch(row.first.name)) is None or found["depth"] == "1"]
     groups: dict[str, list[Compared]] = {}
-    for row in plotted:
+    for row in rows:
         alone = row.first.unit == "score" or max(_ends(row)) > 1  # CIDEr-D would squeeze BLEU beside it
         groups.setdefault(row.first.name if alone else row.first.better, []).append(row)
     return element("div", [_scale(runs, some) for some in groups.values()]) if groups else None

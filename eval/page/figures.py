@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,17 +21,23 @@ def protocol(metric: Metric) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def measured_by(metrics: Sequence[Metric]) -> Markup | None:
-    """How the figures of a table were measured: protocols, normalisers and notes, each once."""
+def measured_by(metrics: Sequence[Metric], notes: Sequence[str]) -> Markup | None:
+    """How the figures of a table were measured: protocols, normalisers, notes and chance, each once."""
     said = {
         "Protocol": [metric.protocol for metric in metrics],
         "Normalised": [metric.normaliser for metric in metrics],
-        "Notes": [metric.note for metric in metrics],
+        "Notes": notes,
         "Chance": [metric.chance_method for metric in metrics],
     }
     once = {kind: " · ".join(dict.fromkeys(filter(None, texts))) for kind, texts in said.items()}
     parts = [[element("b", kind), f" {text}. "] for kind, text in once.items() if text]
     return element("p", parts, class_="small") if parts else None
+
+
+def shared_notes(metrics: Sequence[Metric]) -> list[str]:
+    """Parts of notes that at least half of the figures share, such as how text was decoded; others stay with theirs."""
+    parts = Counter(part for metric in metrics for part in metric.note.split("; ") if part)
+    return [part for part, count in parts.items() if 2 * count >= len(metrics)]
 
 
 def figures(metrics: Sequence[Metric], labels: Mapping[str, str] | None = None) -> Markup:
@@ -49,7 +56,7 @@ def figures(metrics: Sequence[Metric], labels: Mapping[str, str] | None = None) 
         ))  # fmt: skip
         rows += [_grey(metric, one) for one in tables if metric.name in one.figures]
     drawn = table(["", "", "", "95 % interval", "chance", "n"], rows)
-    return joined([drawn, measured_by(metrics), grey_notes(tables)])
+    return joined([drawn, measured_by(metrics, shared_notes(metrics)), grey_notes(tables)])
 
 
 def _bar(metric: Metric) -> Markup | None:

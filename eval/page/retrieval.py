@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.page.cards import gallery, worst
 from eval.page.dots import Dot, Row, dot_plot
-from eval.page.figures import figures, gains, grey_notes, measured_by, protocol, section
+from eval.page.figures import figures, gains, grey_notes, measured_by, protocol, section, shared_notes
 from eval.page.markup import Markup, element, joined, picture, table
 from eval.page.reported import MARK, Reported, reported
 from eval.page.run import Run
@@ -79,7 +79,8 @@ def _plot(recalls: Recalls) -> Markup:
 def _table(recalls: Recalls) -> Markup:
     """A row a direction, three columns a way; the paper's figures beneath in grey."""
     ways = [way for way in WAYS if any((way, depth) in found for found in recalls.values() for depth in DEPTHS)]
-    tables = reported([metric.name for found in recalls.values() for metric in found.values()])
+    metrics = [metric for found in recalls.values() for metric in found.values()]
+    tables = reported([metric.name for metric in metrics])
     rows: list[Markup] = []
     others = next((name for name in recalls if name not in PAPER), None)
     for name in recalls:
@@ -97,7 +98,7 @@ def _table(recalls: Recalls) -> Markup:
         "A dash: not asked for.",
         class_="small",
     )  # fmt: skip
-    said = measured_by([metric for found in recalls.values() for metric in found.values()])
+    said = measured_by(metrics, shared_notes(metrics))
     return joined([table(heads, rows, above, "recalls"), note or None, said, grey_notes(tables)])
 
 

@@ -88,7 +88,7 @@ def words(metric: Metric) -> str:
     if found := RECALL.fullmatch(name):
         return f"{direction(found['direction'])}, R@{found['depth']}{_way(found['way'])}"
     if found := MEAN.fullmatch(name):
-        return f"mean of R@1, 5 and 10, image and text both ways{_way(found['way'])}"
+        return f"mean recall at 1, 5 and 10 of image and text{_way(found['way'])}"
     if found := RATE.fullmatch(name):
         given = "speech and picture" if found["picture"] else "speech alone"
         return f"{RATES[found['rate']]}, from {given}{NORMALISED[found['normalised']]}"

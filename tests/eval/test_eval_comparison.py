@@ -161,9 +161,10 @@ def test_runs_side_by_side_make_one_page_that_needs_nothing(tmp_path, monkeypatc
 
 
 def test_the_papers_figures_are_grey_even_where_they_are_better(tmp_path):
-    low = [measured(HIT, 0.01, 0.0, 0.02), measured(HIT, 0.1, 0.09, 0.11)]
+    low = [measured(HIT, 0.01, 0.0, 0.02, note="greedy"), measured(HIT, 0.1, 0.09, 0.11, note="4 beams; 7 errors")]
     text = page_of([write(tmp_path / str(place), metric) for place, metric in enumerate(low)], tmp_path)
     assert re.search(r'<td class="reported"[^>]*>39.1 %</td>', text) and Page(text).bold == ["10.0 %"]
+    assert "greedy (1) · 4 beams (2)" in text
 
 
 def test_a_run_without_anything_is_named_beside_others(tmp_path):
@@ -288,7 +289,7 @@ def test_words_taken_for_others_are_shown(tmp_path):
         ("text_to_image.kid_tiny_true_codes", "KID by the tiny network, true pictures from their codes"),
         ("text_to_image.object_found_real", "a named object is found, true pictures"),
         ("text_to_image.new_thing", "text_to_image.new_thing"),
-        ("retrieval.image_text.mean_two_stage", "mean of R@1, 5 and 10, image and text both ways, in two stages"),
+        ("retrieval.image_text.mean_two_stage", "mean recall at 1, 5 and 10 of image and text, in two stages"),
         ("classify.map_micro.text_audio", "text + audio, micro average"),
         ("caption.cider_d", "CIDEr-D"),
         ("caption.never_heard_of", "caption.never_heard_of"),
