@@ -75,7 +75,12 @@ def drawing_task(make_task, pictures, narrations=1):
         ]
         return torch.nn.functional.one_hot(torch.tensor(numbers), 256).float()
 
-    task.system.embed = embed
+    def sample(number, jpeg=False):  # as shards do: the file only where it is asked for
+        pictures = samples[number].pictures
+        kept = pictures if jpeg else tuple(dataclasses.replace(picture, jpeg=None) for picture in pictures)
+        return dataclasses.replace(samples[number], pictures=kept)
+
+    task.system.embed, task.split.reader.sample = embed, sample
     return task
 
 
@@ -227,6 +232,17 @@ def test_clip_score_is_that_of_a_direct_computation(make_task, clip_folder):
     assert "tiny-clip, SHA-256" in found.note and "0 of 9 captions" in found.note
     assert found.interval and found.chance is not None and "text_to_image.clip_score" not in absent
     assert {"text_to_image.clip_score_true_codes", "text_to_image.clip_score_real"} <= {*by_name(metrics)}
+
+
+def test_a_picture_that_contradicts_its_caption_scores_nothing(make_task):
+    class Opposite:
+        name, longest = "opposite", 40
+        read = staticmethod(lambda captions: np.tile(np.float32([1, 0]), (len(captions), 1)))
+        see = staticmethod(lambda pictures: np.tile(np.float32([-0.6, 0.8]), (len(pictures), 1)))
+        cut = staticmethod(lambda captions: 0)
+
+    metrics, *_ = measure(drawing_task(make_task, 4), TextToImageConfig(*HERE), Judging(decode, None, (), Opposite()))
+    assert {metric.value for metric in metrics} == {0.0} and len(metrics) == 3
 
 
 def test_captions_longer_than_clip_reads_are_cut_and_counted(clip_folder):
