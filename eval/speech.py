@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,13 +120,14 @@ def measure(task: Task, sampling: Sampling = GREEDY) -> Findings:
 
 
 def _readings() -> tuple[list[Reading], dict[str, str]]:
-    """The three readings, and what is absent where Whisper's is."""
-    readings = [Reading("", NORMALISER, normalise), Reading("_raw", AS_WRITTEN, as_written)]
+    """The three readings, which remember texts that come again, and what is absent where Whisper's is."""
+    readings = [Reading("", NORMALISER, cache(normalise)), Reading("_raw", AS_WRITTEN, as_written)]
     try:
-        return [*readings, Reading("_whisper", *whisper_normaliser())], {}
+        label, whisper = whisper_normaliser()
     except UserError as reason:
         names = [f"transcribe.{rate}{ending}_whisper" for ending in GIVEN for rate in RATES]
         return readings, dict.fromkeys(names, str(reason))
+    return [*readings, Reading("_whisper", label, cache(whisper))], {}
 
 
 def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray, sampling: Sampling) -> list[str]:
