@@ -202,11 +202,17 @@ def _begin(config: IndexConfig, system: System, reader: ShardReader, numbers: di
 def _embedded(
     system: System, reader: ShardReader, numbers: np.ndarray, modality: str, batch: int
 ) -> Iterator[tuple[np.ndarray, list[Sample]]]:
-    """Vectors (B, E) float32 of the samples, a batch at a time, and the samples."""
+    """Vectors (B, E) float32 of the samples, a batch at a time, and the samples. Raises UserError for one that is none.
+    """
     with torch.inference_mode(), progress(f"embed {WHAT[modality]}", total=len(numbers), unit="samples") as bar:
         for first in range(0, len(numbers), batch):
             samples = [reader.sample(int(number)) for number in numbers[first : first + batch]]
-            yield system.embed(samples, [modality]).float().cpu().numpy(), samples
+            vectors_BE = system.embed(samples, [modality]).float().cpu().numpy()
+            broken = np.flatnonzero(~np.isfinite(vectors_BE).all(axis=1))
+            if len(broken):
+                raise UserError(f"the model gives no finite vector for the {modality} of {samples[broken[0]].key}: its "
+                                "weights, or these shards, are damaged; `opt shards verify --deep` checks the shards")
+            yield vectors_BE, samples
             bar.advance(len(samples))
 
 

@@ -43,8 +43,10 @@ def first_k(query_QE: np.ndarray, candidate_CE: np.ndarray, k: int, factory: str
 def exact(query_QE: np.ndarray, candidate_CE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Similarities (Q, min(k, C)) float32 and rows (Q, min(k, C)) int64 of the nearest, best first.
 
-    Candidates may be memory-mapped: each block is read once.
+    Candidates may be memory-mapped: each block is read once. Raises ValueError for a query that is not finite.
     """
+    if not np.isfinite(query_QE).all():
+        raise ValueError("a query's vector must be finite")
     queries, k = len(query_QE), min(k, len(candidate_CE))
     best_Qk = np.full((queries, k), -np.inf, np.float32)
     row_Qk = np.full((queries, k), -1, np.int64)

@@ -83,7 +83,11 @@ def search(config: SearchConfig) -> None:
     shards = _open_shards(config, index) if config.rerank or config.page else None
     system = _open_model(config, index)
     keep_jpeg = system.preparer().jpeg or config.page is not None
-    samples, failed = read_samples(inputs, open_extractors(system, given), keep_jpeg)
+    extractors = open_extractors(system, given)
+    for path in (config.page, config.out):
+        if path is not None:
+            make_folder(path.parent)
+    samples, failed = read_samples(inputs, extractors, keep_jpeg)
     answers = dict(zip(samples, _answers(config, system, index, list(samples.values()), given, sought), strict=True))
     if shards is not None and config.rerank:
         answers = {number: _rerank(system, shards, samples[number], given, sought, found, config.rerank)
@@ -114,8 +118,6 @@ def _inputs(config: SearchConfig) -> tuple[list[Input], tuple[str, ...]]:
     check_outputs(outputs, (*config.image, *config.audio))
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise UserError(f"--out {config.out} is where the page goes: name two files")
-    for path in outputs:
-        make_folder(path.parent)
     return inputs, given
 
 

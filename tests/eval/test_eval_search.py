@@ -197,6 +197,16 @@ def test_a_killed_build_leaves_no_index_and_the_same_command_ends_it(made, tmp_p
         assert np.array_equal(*(Index(one / "index").vectors[modality].samples for one in (made, tmp_path)))
 
 
+def test_a_model_that_gives_no_numbers_makes_no_index(made, tmp_path) -> None:
+    system = from_pretrained(made / "model")
+    with torch.no_grad():
+        next(system.parameters()).fill_(float("nan"))
+    save_pretrained(system, tmp_path / "model")
+    with pytest.raises(UserError, match="no finite vector"):
+        run(index, tmp_path / "model", made / "shards", "--out", tmp_path / "index")
+    assert not any((tmp_path / "index").glob("[!.]*"))
+
+
 @pytest.mark.parametrize(("words", "said"), [
     ([], "nothing to look for"),
     (["--text", " "], "empty text"),
