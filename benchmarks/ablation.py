@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from study import MODEL, Run, arguments, carry_out, make_data
 
-from eval.classification import SUBSETS, Exam, open_exam
+from eval.classification import SUBSETS
 from eval.metrics import interval
 from eval.naming import read_labels
+from eval.probing import Exam, open_exam
 from eval.task import Split, in_batches, open_split
 from opt.files import write_atomic
 from opt.systems.opt import OPTConfig

@@ -26,7 +26,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import classification
+from eval import classification, probing
 from eval.naming import read_labels
 from eval.result import Metric, measured, read_result
 from eval.speech import TRANSCRIPTS
@@ -95,14 +95,14 @@ def _verb(*words: object) -> None:
         raise SystemExit(status)
 
 
-def _open(run: Path, out: Path) -> tuple[Task, classification.Exam]:
+def _open(run: Path, out: Path) -> tuple[Task, probing.Exam]:
     """The model on the fresh scenes, and the samples that `opt eval classify` fits on and judges."""
     files = [run / "scenes" / "train_scenes.jsonl", out / "scenes" / "test_scenes.jsonl"]
     labels = {key: names for path in files for key, names in read_labels(path).items()}
     config = classification.ClassifyConfig(run / "model", out / "shards", out=out / "results")
     task = open_task("classify", "classify", config)
     train = open_split(run / "shards" / "train", TRAIN_SAMPLES, task.system)
-    return task, classification.open_exam(train, task.split, labels, task.provenance.seed)
+    return task, probing.open_exam(train, task.split, labels, task.provenance.seed)
 
 
 def _kept(path: Path, measure: Callable[[], list[Metric]]) -> list[Metric]:
@@ -160,7 +160,7 @@ def _wrong(reference: list[str], hypothesis: list[str]) -> list[bool]:
 # ---- baselines of the probe -----------------------------------------------------------------------------------------
 
 
-def _regions_max(task: Task, exam: classification.Exam) -> list[Metric]:
+def _regions_max(task: Task, exam: probing.Exam) -> list[Metric]:
     """Raw regions pooled by the maximum: as the model's own features pool its region states, so the fairer rival."""
     sides = [
         np.stack([np.asarray(split.sample(n).pictures[0].regions, np.float32).max(0) for n in numbers.tolist()])
@@ -173,7 +173,7 @@ def _regions_max(task: Task, exam: classification.Exam) -> list[Metric]:
     ]
 
 
-def _resnet(task: Task, exam: classification.Exam, out: Path) -> list[Metric]:
+def _resnet(task: Task, exam: probing.Exam, out: Path) -> list[Metric]:
     """A ResNet-18 trained on the pictures of the training shards: its classifier, a probe of its pooled features."""
     network, minutes = _trained(exam, out / "resnet.safetensors")
     (_, train_features), (test_scores, test_features) = (
@@ -193,7 +193,7 @@ def _resnet(task: Task, exam: classification.Exam, out: Path) -> list[Metric]:
     ]
 
 
-def _trained(exam: classification.Exam, path: Path) -> tuple[torchvision.models.ResNet, float]:
+def _trained(exam: probing.Exam, path: Path) -> tuple[torchvision.models.ResNet, float]:
     """The network with the weights at `path`, trained first where there are none, and its CPU-minutes.
 
     The architecture that ImageNet made known, stem and all, from random weights; multi-label cross-entropy over the

@@ -1,10 +1,12 @@
 """Linear probe: what can be read off frozen features of every subset of text, image and audio, as mAP.
 
-    train shards --system.features--> (N, D) --logistic regression, L2 by a held-out part--> scores of test shards
+    train shards --system.features--> (N, D) --probing.py: logistic regression--> scores of test shards
                  \\--raw features (baseline)--/                              scores --> mean average precision
 
-All classes of one subset and all strengths of L2 are fitted at once, full batch. Shape legend: N samples, D feature
-width, C classes, P strengths, S bootstrap resamples.
+Where a file of labels says what is absent ("absent": verified negatives, as in Open Images), only labels that are
+verified, there or absent, count for a sample: in fitting as in judging. Elsewhere what is not said to be there is not.
+
+Shape legend: N samples, D feature width, C classes.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from eval.metrics import interval, mean_average_precision, resample_counts
-from eval.naming import read_labels
+from eval.naming import read_verdicts
+from eval.probing import Exam, Score, open_exam
 from eval.raw_features import raw_features, vocabulary
 from eval.result import Findings, Metric
-from eval.task import EvalConfig, Split, Task, open_split, open_task
+from eval.task import EXAMPLES, EvalConfig, Split, Task, open_split, open_task
 from opt.config import UserError
 from opt.systems.system import MODALITIES
 
@@ -34,9 +36,7 @@ BASELINES = {
     MODALITIES: "all_raw",
 }
 """Subsets whose raw features, side by side, are probed too, and what they are called in metrics."""
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT_SHARE = 0.2
-STEPS = 100
+WORST = 12
 
 
 @dataclass
@@ -46,71 +46,10 @@ class ClassifyConfig(EvalConfig):
     train_shards: Path | None = None
     """Folder of shards that the probe is fitted on."""
     labels: tuple[Path, ...] = ()
-    """Files of lines {"image_id": ..., "labels": [...]} that between them cover both folders of shards."""
+    """Files of lines {"image_id": ..., "labels": [...]} that between them cover both folders of shards. Where any line
+    has "absent": [...], only labels named there or in "labels" count for a picture, in all files."""
     train_limit: int = 2000
     """Fit on at most so many samples."""
-
-
-class Score(NamedTuple):
-    """mAP of one kind of features: the value and that of every bootstrap resample (S,)."""
-
-    value: float
-    draws: np.ndarray
-
-    def metric(self, name: str, **about: Any) -> Metric:
-        return Metric(name, self.value, interval=interval(self.draws, self.value), **about)
-
-    def minus(self, other: Score) -> Score:
-        """The paired difference: both must come from the same `Exam`."""
-        return Score(self.value - other.value, self.draws - other.draws)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Samples to learn from and others to be judged on: the same for all kinds of features, so that they compare."""
-
-    train: Split
-    test: Split
-    train_numbers: np.ndarray
-    test_numbers: np.ndarray
-    train_labels: np.ndarray
-    test_labels: np.ndarray
-    """(N, C) bool, as `train_labels`; the columns are `classes`."""
-    classes: tuple[str, ...]
-    modalities: tuple[str, ...]
-    """Those that both folders know; every sample has all of them."""
-    resamples: np.ndarray
-    """How often each test sample counts in each bootstrap resample, (S, N)."""
-    seed: int
-
-    def judge(self, scores_NC: np.ndarray) -> Score:
-        """mAP of scores for the test samples, on the same resamples of pictures each time."""
-        value = float(mean_average_precision(scores_NC, self.test_labels))
-        return Score(value, mean_average_precision(scores_NC, self.test_labels, self.resamples))
-
-    def probe(self, fitted_ND: np.ndarray, judged_ND: np.ndarray) -> Score:
-        """Fit on features of the training samples and judge those of the test samples.
-
-        The strength of L2 is the one that does best on a held-out part of the training pictures.
-        """
-        mean, spread = fitted_ND.mean(0), fitted_ND.std(0) + 1e-5
-        fitted_ND, judged_ND = (fitted_ND - mean) / spread, (judged_ND - mean) / spread
-        pictures = np.random.default_rng(self.seed).random(self.train.groups.max() + 1)
-        held = pictures[self.train.groups[self.train_numbers]] < HELD_OUT_SHARE
-        tried = fit(fitted_ND[~held], self.train_labels[~held], STRENGTHS)
-        judgements = [mean_average_precision(logits(fitted_ND[held], one), self.train_labels[held]) for one in tried]
-        best = STRENGTHS[int(np.argmax(judgements))]
-        return self.judge(logits(judged_ND, fit(fitted_ND, self.train_labels, (best,))[0]))
-
-    def about(self) -> dict[str, Any]:
-        """The protocol, for metrics."""
-        present = self.test_labels.any(0).sum()
-        candidates = f"{present} of {len(self.classes)} classes occur; {len(self.train_numbers)} training samples"
-        return {
-            "n": len(self.test_numbers),
-            "candidates": candidates,
-            "normaliser": "macro over classes with a positive, step-wise average precision",
-        }
 
 
 def classify(config: ClassifyConfig) -> None:
@@ -125,25 +64,37 @@ def classify(config: ClassifyConfig) -> None:
         raise UserError("--labels is missing: give the files that say what is in the pictures of both folders")
     task = open_task("classify", "classify", config)
     train = open_split(config.train_shards, config.train_limit, task.system)
-    labels = {key: names for path in config.labels for key, names in read_labels(path).items()}
-    task.finish(measure(task, train, labels))
+    labels: dict[str, frozenset[str]] = {}
+    absent: dict[str, frozenset[str]] = {}
+    for there, not_there in map(read_verdicts, config.labels):
+        labels.update(there)
+        absent.update(not_there)
+    task.finish(measure(task, train, labels, absent))
 
 
-def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> Findings:
-    """mAP of every subset and of raw features, the paired gains between them, and what is absent.
+def measure(
+    task: Task, train: Split, labels: dict[str, frozenset[str]], not_there: dict[str, frozenset[str]] | None = None
+) -> Findings:
+    """mAP of every subset and of raw features, the paired gains between them, what is absent, and examples.
 
     The same samples serve all of them: those that have every modality the shards know. Raises UserError without labels.
     """
-    exam = open_exam(train, task.split, labels, task.provenance.seed)
+    exam = open_exam(train, task.split, labels, task.provenance.seed, not_there)
     found = {subset: probe(task, exam, subset) for subset in SUBSETS if set(subset) <= set(exam.modalities)}
     raw, absent = _baselines(exam)
     about = exam.about()
-    positives = float(exam.test_labels[:, exam.test_labels.any(0)].mean())
-    level: dict[str, Any] = {"chance": positives, "chance_method": "share of positives"}
+    macro, micro = exam.chance()
+    level: dict[str, Any] = {"chance": macro, "chance_method": "share of positives", "protocol": "map/macro"}
     metrics = [
         score.metric(f"classify.map.{'_'.join(subset)}", modalities=subset, **level, **about)
         for subset, score in found.items()
     ]
+    level_micro = {**level, "chance": micro, "protocol": "map/micro"}
+    metrics += [
+        exam.judge_micro(score.scores).metric(
+            f"classify.map_micro.{'_'.join(subset)}", modalities=subset, **level_micro, **about)
+        for subset, score in found.items() if score.scores is not None
+    ]  # fmt: skip
     metrics += [
         score.metric(f"classify.baseline.{BASELINES[subset]}", modalities=subset, **level, **about)
         for subset, score in raw.items()
@@ -153,22 +104,9 @@ def measure(task: Task, train: Split, labels: dict[str, frozenset[str]]) -> Find
         for subset in SUBSETS
         if subset not in found
     }
-    return Findings(metrics + _gains(found, raw, about), absent)
-
-
-def open_exam(train: Split, test: Split, labels: dict[str, frozenset[str]], seed: int) -> Exam:
-    """Samples of both splits with labels and all modalities. Raises UserError when there are none, or shared ones."""
-    known = tuple(name for name in MODALITIES if test.has[name].any() and train.has[name].any())
-    classes = sorted({label for key in train.keys for label in labels.get(key, ())})
-    sides = [_labelled(split, known, labels, classes) for split in (train, test)]
-    (train_numbers, train_labels), (test_numbers, test_labels) = sides
-    shared = set(train.keys) & set(test.keys)
-    if shared:
-        raise UserError(f"{len(shared)} pictures are in both folders of shards (such as {min(shared)!r}): give others")
-    resamples = resample_counts(np.unique(test.groups[test_numbers], return_inverse=True)[1], seed)
-    return Exam(
-        train, test, train_numbers, test_numbers, train_labels, test_labels, tuple(classes), known, resamples, seed
-    )
+    best = found[max(found, key=len)].scores
+    assert best is not None
+    return Findings(metrics + _gains(found, raw, about), absent, *_examples(task, exam, best))
 
 
 def probe(task: Task, exam: Exam, subset: tuple[str, ...]) -> Score:
@@ -223,46 +161,43 @@ def _gains(
     ]
 
 
-def _labelled(
-    split: Split, modalities: tuple[str, ...], labels: dict[str, frozenset[str]], classes: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sample numbers with labels and all modalities, and their labels (N, C) bool."""
-    numbers = np.array([n for n in split.with_all(modalities) if split.keys[n] in labels], np.int64)
-    if not len(numbers):
-        raise UserError("--labels has nothing for the samples of one of the folders; give the files of both")
-    columns = {name: column for column, name in enumerate(classes)}
-    table = np.zeros((len(numbers), len(classes)), bool)
-    for row, number in enumerate(numbers):
-        table[row, [columns[name] for name in labels[split.keys[number]] if name in columns]] = True
-    if not table.any():
-        raise UserError("the two folders of shards share no class of objects, so nothing can be learned")
-    return numbers, table
+def _examples(task: Task, exam: Exam, scores_NC: np.ndarray) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first pictures, with what is in them and what the probe finds likeliest; those whose labels rank lowest."""
+    pictures = set(task.split.one_a_picture(exam.test_numbers).tolist())
+    rows = [row for row, number in enumerate(exam.test_numbers.tolist())
+            if number in pictures and exam.test_labels[row].any()]
+    precision = {row: _ranking_precision(exam, scores_NC, row) for row in rows}
+    lowest = sorted((row for row in rows if precision[row] < 1), key=precision.__getitem__)[:WORST]
+    return ([_example(task, exam, scores_NC, row) for row in rows[:EXAMPLES]],
+            [_example(task, exam, scores_NC, row, failed=True) for row in lowest])  # fmt: skip
 
 
-def fit(features_ND: np.ndarray, labels_NC: np.ndarray, strengths: tuple[float, ...]) -> np.ndarray:
-    """Multi-label logistic regression: weights and a last row of biases, (P, D + 1, C) float32, one a strength of L2.
-
-    Minimises mean cross-entropy of each class + strength / 2 x squared weights (biases free) by L-BFGS, full batch.
-    """
-    inputs, targets = torch.from_numpy(features_ND).float(), torch.from_numpy(labels_NC).float()
-    strength_P = torch.tensor(strengths)[:, None, None]
-    rate = targets.mean(0).clamp(1e-4, 1 - 1e-4)
-    weights = torch.zeros(len(strengths), inputs.shape[1], targets.shape[1], requires_grad=True)
-    biases = torch.logit(rate).repeat(len(strengths), 1, 1).requires_grad_()
-    optimizer = torch.optim.LBFGS([weights, biases], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits_PNC = inputs @ weights + biases
-        entropy = torch.nn.functional.softplus(logits_PNC) - targets * logits_PNC
-        total = entropy.mean(1).sum() + (strength_P / 2 * weights.square()).sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    return torch.cat([weights, biases], dim=1).detach().numpy()
+def _example(task: Task, exam: Exam, scores_NC: np.ndarray, row: int, failed: bool = False) -> dict[str, Any]:
+    number, there = int(exam.test_numbers[row]), np.flatnonzero(exam.test_labels[row])
+    likeliest = np.argsort(-scores_NC[row], kind="stable")[: len(there)]
+    example = {
+        "key": task.split.keys[number], "picture": task.keep_picture(number),
+        "labels": [exam.classes[place] for place in there], "answer": ", ".join(exam.classes[i] for i in likeliest),
+    }  # fmt: skip
+    if failed:
+        ranks = sorted(int(rank) for rank in _ranks(exam, scores_NC, row))
+        which = "rank" if len(ranks) == 1 else "ranks"
+        example["failure"] = f"its labels at {which} {', '.join(map(str, ranks))} of {_counted(exam, row).sum()}"
+    return example
 
 
-def logits(features_ND: np.ndarray, weights_DC: np.ndarray) -> np.ndarray:
-    """(N, C) scores from one of `fit`'s weights."""
-    return features_ND @ weights_DC[:-1] + weights_DC[-1]
+def _counted(exam: Exam, row: int) -> np.ndarray:
+    """(C,) bool: labels that count for a test sample."""
+    return np.ones(len(exam.classes), bool) if exam.test_verified is None else exam.test_verified[row]
+
+
+def _ranks(exam: Exam, scores_NC: np.ndarray, row: int) -> np.ndarray:
+    """Rank of each label of a test sample among those that count, from 1; behind its equals."""
+    counted = scores_NC[row, _counted(exam, row)]
+    return (counted >= scores_NC[row, exam.test_labels[row], None]).sum(1)
+
+
+def _ranking_precision(exam: Exam, scores_NC: np.ndarray, row: int) -> float:
+    """Average over a sample's labels of the share of labels among those ranked as high; 1: all stand in front."""
+    ranks = np.sort(_ranks(exam, scores_NC, row))
+    return float(np.mean(np.searchsorted(ranks, ranks, side="right") / ranks))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 RESAMPLES = 1000
+TOGETHER = 4_000_000
+"""Weights of resamples in memory at once."""
 
 
 # ---- classification -------------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def micro_average_precision(
     scores, labels, sample = scores_NC[kept], labels_NC[kept], np.nonzero(kept)[0]
     if weights_SN is None:
         return _stepwise(scores, labels, np.ones((1, len(scores))))[0]
-    together = max(1, 4_000_000 // max(1, len(scores)))  # resamples in memory at once
+    together = max(1, TOGETHER // max(1, len(scores)))
     pieces = [_stepwise(scores, labels, weights_SN[first : first + together, sample].astype(np.float64))
               for first in range(0, len(weights_SN), together)]  # fmt: skip
     return np.concatenate(pieces)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import classification, retrieval, speech
+from eval import classification, probing, retrieval, speech
 from eval.metrics import interval, mean_average_precision, resample_counts
 from eval.raw_features import raw_features, vocabulary
 from eval.report import ReportConfig, report
@@ -124,7 +124,7 @@ def test_raw_features_are_probed_on_the_same_samples(make_task):
     assert not absent and found["classify.baseline.regions_mean"].value > 0.99
     assert found["classify.baseline.bag_of_words"].value == pytest.approx(1.0)
     assert 0.4 < found["classify.baseline.frames_mean"].value < 0.9
-    exam = classification.open_exam(train, task.split, truth, 0)
+    exam = probing.open_exam(train, task.split, truth, 0)
     sides = [np.stack([split.sample(int(n)).speech.astype(np.float32).mean(0) for n in numbers])
              for split, numbers in ((train, exam.train_numbers), (task.split, exam.test_numbers))]  # fmt: skip
     by_hand = exam.probe(*sides)
@@ -150,7 +150,7 @@ def test_paired_scores_move_together():
     labels, seed = random.random((40, 3)) < 0.3, 4
     better, worse = labels + random.normal(size=(2, 40, 3)) * [[[0.5]], [[1.0]]]
     resamples = resample_counts(np.arange(40) // 2, seed)
-    exam = classification.Exam(None, None, None, np.arange(40), None, labels, (), (), resamples, seed)
+    exam = probing.Exam(None, None, None, np.arange(40), None, labels, (), (), resamples, seed)
     gain = exam.judge(better).minus(exam.judge(worse)).metric("x", n=40)
     draws = []
     for counts in resamples:  # the resample spelt out: every sample as often as it was drawn

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from eval import classification
+from eval import classification, probing
 from eval.result import Metric, Result, measured, read_result, write_result
 from opt.config import UserError
 
@@ -22,7 +22,7 @@ def test_the_probe_finds_the_minimum_that_scikit_learn_finds():
     random = np.random.default_rng(0)
     features = random.standard_normal((120, 5)).astype(np.float32)
     labels = np.stack([features @ random.standard_normal(5) + random.standard_normal(120) > 0.5 for _ in range(3)], 1)
-    for strength, weights in zip((1e-2, 1e-1), classification.fit(features, labels, (1e-2, 1e-1)), strict=True):
+    for strength, weights in zip((1e-2, 1e-1), probing.fit(features, labels, (1e-2, 1e-1)), strict=True):
         for column in range(3):
             truth = LogisticRegression(C=1 / (strength * len(features)), tol=1e-8).fit(features, labels[:, column])
             assert weights[:-1, column] == pytest.approx(truth.coef_[0], abs=2e-2)
