@@ -43,7 +43,7 @@ def batch_of(system: OPT, samples: dict[int, Sample]) -> Batch:
     return rows(samples, plan.batch_at(0))
 
 
-# ---- two pictures -----------------------------------------------------------------------------------------------------
+# ---- two pictures ---------------------------------------------------------------------------------------------------
 
 
 def test_the_sentence_stands_beside_each_picture_by_itself() -> None:
@@ -120,7 +120,7 @@ def test_a_picture_without_regions_is_refused_when_asked_about() -> None:
         model("nlvr2").answer([dataclasses.replace(PAIRS[0], pictures=(PAIRS[0].pictures[0], blank))])
 
 
-# ---- ranking ----------------------------------------------------------------------------------------------------------
+# ---- ranking ---------------------------------------------------------------------------------------------------
 
 CANDIDATES = ("red", "red star", "star", "a green circle", "blue", "square and the star", "green", "circle")
 
