@@ -13,8 +13,8 @@ from eval.words import align, normalise
 SAMPLES = 12
 """Cards in a gallery; the result files hold more."""
 TERMS = {
-    "question": "question", "statement": "statement", "text": "text", "caption": "caption from the picture",
-    "answer": "answer", "answers": "true", "truth": "true", "label": "true", "labels": "objects in the picture",
+    "statement": "statement", "question": "question", "text": "text", "caption": "caption from the picture",
+    "answer": "answer", "answers": "right answer", "labels": "objects in the picture",
 }  # fmt: skip
 """What an example's fields are called. Fields of numbers, keys and pictures are not shown as text."""
 
@@ -47,6 +47,11 @@ def sample(folder: Path, example: Mapping[str, Any]) -> Markup:
     images = [element("div", images, class_="two")] if len(images) > 1 else images
     rows = [(words, _text(example[key])) for key, words in TERMS.items() if key in example]
     return element("div", images, terms([row for row in rows if row[1]]), class_="sample")
+
+
+def statement(folder: Path, example: Mapping[str, Any]) -> Markup:
+    """As `sample`; what was asked is a statement, and its answers are verdicts."""
+    return sample(folder, {**example, "statement": example.get("question"), "question": None})
 
 
 def terms(rows: Sequence[tuple[str, Any]]) -> Markup:

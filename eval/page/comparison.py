@@ -183,7 +183,8 @@ def _plot(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup | None:
     for row in rows:
         alone = row.first.unit == "score" or max(_ends(row)) > 1  # CIDEr-D would squeeze BLEU beside it
         groups.setdefault(row.first.name if alone else row.first.better, []).append(row)
-    return element("div", [_scale(runs, some) for some in groups.values()]) if groups else None
+    mixed = len({row.first.better for row in rows}) > 1
+    return element("div", [_scale(runs, some, mixed) for some in groups.values()]) if groups else None
 
 
 def _ends(row: Compared) -> list[float]:
@@ -191,8 +192,8 @@ def _ends(row: Compared) -> list[float]:
     return [end for metric in row.metrics if metric is not None for end in metric.interval or (metric.value,)]
 
 
-def _scale(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup:
-    """Rows on a common scale that begins at nought, or below where figures do."""
+def _scale(runs: Sequence[Run], rows: Sequence[Compared], mixed: bool) -> Markup:
+    """Rows on a common scale that begins at nought, or below where figures do. mixed: say which are better lower."""
     ends = [end for row in rows for end in _ends(row)]
     low, top = -nice_top([-end for end in ends]) if min(ends) < 0 else 0.0, nice_top(ends)
     said = [f"{100 * end:g} %" if rows[0].first.unit == "share" and end else f"{end:g}" for end in (low, top)]
@@ -203,8 +204,8 @@ def _scale(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup:
                                   f"{runs[place].name}: {metric.shown(metric.value)}")])
             for place, (metric, sign) in enumerate(zip(row.metrics, row.signs, strict=True)) if metric is not None
         ]  # fmt: skip
-        label = joined([words(row.first), element("span", " (lower is better)") if row.first.better == "lower" else ""])
-        drawn.append(Row(label, lines, row.first.chance))
+        lower = element("span", " (lower is better)") if mixed and row.first.better == "lower" else None
+        drawn.append(Row(joined([words(row.first), lower]), lines, row.first.chance))
     return dot_plot(drawn, top, (said[0], said[1]), low)
 
 

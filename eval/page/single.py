@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eval.page.cards import statement
 from eval.page.dots import whisker
 from eval.page.markup import Markup, document, element, joined
 from eval.page.probe import probe
@@ -27,7 +28,7 @@ def page(run: Run) -> str:
     """The whole HTML document."""
     sections = [
         header(run), headlines(run), retrieval(run), transcription(run), captions(run), samples(run), drawings(run),
-        plain(run, "vqa"), plain(run, "nlvr2"), probe(run), *others(run), training(run), not_measured(run),
+        plain(run, "vqa"), plain(run, "nlvr2", statement), probe(run), *others(run), training(run), not_measured(run),
         provenance(run),
     ]  # fmt: skip
     return document(f"{run.name}: report", sections)

@@ -28,7 +28,8 @@ HINTS = {
     "text_to_image": "Codes are drawn from the caption alone and decoded to 64 × 64 pixels; the region detector looks "
     "at them. Chance: the same pictures judged by the captions of others.",
     "vqa": "Chance: always the most frequent answer.",
-    "nlvr2": "Is the statement true of the two pictures? Consistency: all statements of a pair of pictures are right.",
+    "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged rightly "
+    "of every pair of pictures they are about.",
     "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture?",
 }
 DIRECTIONS = (
@@ -58,8 +59,8 @@ WORDS = {
     "vqa.accuracy.yes_no": "those answered by yes or no",
     "vqa.accuracy.number": "those answered by a number",
     "vqa.accuracy.other": "all others",
-    "nlvr2.accuracy": "statements judged rightly",
-    "nlvr2.consistency": "statements with all their pictures judged rightly",
+    "nlvr2.accuracy": "pairs of pictures judged rightly",
+    "nlvr2.consistency": "statements judged rightly of all their pairs (consistency)",
     "transcribe.wer_gain.image": "speech alone − speech and picture",
     "retrieval.gain.text_audio_over_text.r1": "R@1 of the picture, by text + audio − by text",
     "retrieval.gain.text_audio_over_text.r5": "R@5",

@@ -251,7 +251,7 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     run = write(
         tmp_path / "run", Metric("nlvr2.accuracy", 0.6, 50, (0.5, 0.7), 0.5), Metric("odd.new_thing", 0.25, 50),
-        examples=[{"key": "k", "pictures": ["k.jpg", "k.jpg"], "statement": EVIL, "answer": True, "answers": [1, {}]}],
+        examples=[{"key": "k", "pictures": ["k.jpg", "k.jpg"], "question": EVIL, "answer": True, "answers": [1, {}]}],
         worst=[{"key": "k", "picture": 3, "failure": f"all wrong {EVIL}", "text": ["x"]}],
     )
     (run / "results" / "k.jpg").write_bytes(buffer.getvalue())
@@ -259,6 +259,7 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
     assert text.count("<h3>Failed worst</h3>") == 2 and "all wrong &lt;script" in text and "<script" not in text
     assert '<div class="two"><img' in text and "<h2>odd</h2>" in text and "odd.new_thing" in text
     assert "<h2>True or false of two pictures</h2>" in text and "<dd>true</dd>" in text
+    assert "<dt>statement</dt>" in text and "<dt>question</dt>" not in text
 
 
 def test_words_taken_for_others_are_shown(tmp_path):
