@@ -259,7 +259,7 @@ def _read_facts(folder: Path) -> IndexFacts:
     if not path.exists():
         begun = any(_vectors_path(folder, modality).exists() for modality in MODALITIES) or (folder / ".lock").exists()
         raise UserError(f"{folder} holds an index that was begun and not finished: run the same `opt index` again"
-                        if begun else f"{folder} holds no index; `opt index MODEL SHARDS --out {folder}` makes one")
+                        if begun else f"{folder} holds no index; `opt index MODEL SHARDS --out FOLDER` makes one")
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
