@@ -181,10 +181,17 @@ def _plot(runs: Sequence[Run], rows: Sequence[Compared]) -> Markup | None:
     """Dots with intervals, a line a run: shares on a common scale, each score on its own."""
     groups: dict[str, list[Compared]] = {}
     for row in rows:
-        alone = row.first.unit == "score" or max(_ends(row)) > 1  # CIDEr-D would squeeze BLEU beside it
-        groups.setdefault(row.first.name if alone else row.first.better, []).append(row)
+        groups.setdefault(_axis(row), []).append(row)
     mixed = len({row.first.better for row in rows}) > 1
     return element("div", [_scale(runs, some, mixed) for some in groups.values()]) if groups else None
+
+
+def _axis(row: Compared) -> str:
+    """Rows of one axis have the same: scores by their protocol, shares by what is better, those beyond 1 alone."""
+    first = row.first
+    if first.unit == "score":
+        return first.protocol or first.name
+    return first.name if max(_ends(row)) > 1 else first.better  # CIDEr-D would squeeze BLEU beside it
 
 
 def _ends(row: Compared) -> list[float]:

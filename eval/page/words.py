@@ -28,8 +28,8 @@ HINTS = {
     "text_to_image": "Codes are drawn from the caption alone and decoded to 64 × 64 pixels; the region detector looks "
     "at them. Chance: the same pictures judged by the captions of others.",
     "vqa": "Chance: always the most frequent answer.",
-    "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged rightly "
-    "of every pair of pictures they are about.",
+    "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged "
+    "rightly of every pair of pictures they are about.",
     "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture?",
 }
 DIRECTIONS = (

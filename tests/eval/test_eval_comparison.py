@@ -160,6 +160,16 @@ def test_runs_side_by_side_make_one_page_that_needs_nothing(tmp_path, monkeypatc
     assert "first: 3 figures of 3 evaluations, 29 lines of training" in said and "comparison.html" in said
 
 
+def test_plots_share_an_axis_where_figures_have_one(tmp_path):
+    fid, cider = (Metric(name, value, 9, (value, value), unit=unit, protocol="p", better=better)
+                  for name, value, unit, better in (("caption.fid_tiny", 3.0, "score", "lower"),
+                                                    ("caption.cider_d", 1.3, "share", "higher")))
+    metrics = [HIT, replace(HIT, name="caption.bleu3"), cider, fid, replace(fid, name="caption.fid_tiny_real")]
+    text = page_of([write(tmp_path / "one", *metrics), write(tmp_path / "two", *metrics)], tmp_path)
+    axes = re.findall(r'<div class="axis"><span>([^<]*)</span><span>([^<]*)</span>', text)
+    assert axes == [("0", "60 %"), ("0", "150 %"), ("0", "3")]
+
+
 def test_the_papers_figures_are_grey_even_where_they_are_better(tmp_path):
     low = [measured(HIT, 0.01, 0.0, 0.02, note="greedy"), measured(HIT, 0.1, 0.09, 0.11, note="4 beams; 7 errors")]
     text = page_of([write(tmp_path / str(place), metric) for place, metric in enumerate(low)], tmp_path)
@@ -259,7 +269,8 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
     assert text.count("<h3>Failed worst</h3>") == 2 and "all wrong &lt;script" in text and "<script" not in text
     assert '<div class="two"><img' in text and "<h2>odd</h2>" in text and "odd.new_thing" in text
     assert "<h2>True or false of two pictures</h2>" in text and "<dd>true</dd>" in text
-    assert "<dt>statement</dt>" in text and "<dt>question</dt>" not in text
+    judged = text[text.index("<h2>True or false") : text.index("<h2>odd</h2>")]
+    assert "<dt>statement</dt>" in judged and "<dt>question</dt>" not in judged
 
 
 def test_words_taken_for_others_are_shown(tmp_path):
