@@ -29,17 +29,20 @@ class Moments:
         """Sum over pictures of (feature - mean) (feature - mean)^T."""
 
     def add(self, features_ND: np.ndarray) -> None:
-        """Take in more pictures."""
+        """Take in more pictures, at least one."""
         features_ND = features_ND.astype(np.float64)
         mean = features_ND.mean(0)
-        centred_ND = features_ND - mean
-        self._join(len(features_ND), mean, centred_ND.T @ centred_ND)
+        rows_ND = np.vstack([features_ND - mean, self._shifted(len(features_ND), mean)])
+        self.scatter += rows_ND.T @ rows_ND
 
-    def join(self, other: Moments) -> Moments:
+    def joined(self, other: Moments) -> Moments:
         """The moments of both sets together."""
         both = Moments(len(self.mean))
-        both._join(self.count, self.mean, self.scatter)
-        both._join(other.count, other.mean, other.scatter)
+        for one in (self, other):
+            if one.count:
+                row_D = both._shifted(one.count, one.mean)
+                both.scatter += one.scatter
+                both.scatter += np.outer(row_D, row_D)
         return both
 
     def covariance(self) -> np.ndarray:
@@ -48,13 +51,13 @@ class Moments:
             raise ValueError("a covariance needs two pictures")
         return self.scatter / (self.count - 1)
 
-    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        if count:
-            shift = mean - self.mean
-            self.scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
-            self.mean += shift * (count / total)
-            self.count = total
+    def _shifted(self, count: int, mean: np.ndarray) -> np.ndarray:
+        """Move the mean by `count` more pictures. Returns a row (D,) whose square the move adds to the scatter."""
+        shift, total = mean - self.mean, self.count + count
+        row_D = shift * np.sqrt(self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+        return row_D
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:

@@ -21,31 +21,48 @@ from eval.result import Metric
 ENOUGH_FOR_FID = 10_000
 KEPT_FOR_KID = 10_000
 """The features of so many pictures a kind are kept: subsets are drawn among them."""
+JOINED = 512
+"""Pictures that enter the moments at once: a pass over a covariance of 2,048 x 2,048 is dear."""
 
 
 class Features:
-    """What is kept of one kind's features: moments of the pictures at even and at odd places, and the first few."""
+    """What is kept of one kind's features: the first of them, and moments; of true pictures, moments of two halves."""
 
-    def __init__(self, width: int) -> None:
-        self.halves = (Moments(width), Moments(width))
+    def __init__(self, kind: str, width: int) -> None:
         self.kept: list[np.ndarray] = []
+        self._parts = [Moments(width) for _ in range(2 if kind == REAL else 1)]
+        """Pictures at even places and at odd ones, or all."""
+        self._waiting: list[np.ndarray] = []
 
     def add(self, features_ND: np.ndarray) -> None:
         """Take in more pictures."""
-        start = self.count
-        for place, half in enumerate(self.halves):
-            if len(mine := features_ND[(place - start) % 2 :: 2]):
-                half.add(mine)
-        self.kept.append(features_ND[: max(0, KEPT_FOR_KID - start)])
+        if (room := KEPT_FOR_KID - self.count) > 0:
+            self.kept.append(features_ND[:room])
+        self._waiting.append(features_ND)
+        if sum(map(len, self._waiting)) >= JOINED:
+            self._join()
 
     @property
     def count(self) -> int:
-        return self.halves[0].count + self.halves[1].count
+        return sum(part.count for part in self._parts) + sum(map(len, self._waiting))
 
-    @property
     def whole(self) -> Moments:
         """The moments of all pictures."""
-        return self.halves[0].join(self.halves[1])
+        first, *more = self.halves()
+        return first.joined(more[0]) if more else first
+
+    def halves(self) -> list[Moments]:
+        """The moments of each half, where there are two."""
+        self._join()
+        return self._parts
+
+    def _join(self) -> None:
+        if self._waiting:
+            features_ND, self._waiting = np.concatenate(self._waiting), []
+            start, parts = self.count, len(self._parts)
+            for place, part in enumerate(self._parts):
+                if len(mine := features_ND[(place - start) % parts :: parts]):
+                    part.add(mine)
 
 
 @dataclass
@@ -59,7 +76,7 @@ class Fidelity:
     features: dict[str, Features] = field(default_factory=dict)
 
     def look(self, kind: str, seen: Sequence[Seen]) -> None:
-        kept = self.features.setdefault(kind, Features(self.network.width))
+        kept = self.features.setdefault(kind, Features(kind, self.network.width))
         kept.add(self.network.features([one.picture for one in seen]))
 
     def judged(self) -> Judged:
@@ -80,7 +97,7 @@ class Fidelity:
         return f"text_to_image.{metric}_{self.network.name}{kind}"
 
     def _frechet(self, kind: str, some: Features, real: Features) -> Metric:
-        one, other = real.halves if kind == REAL else (some.whole, real.whole)
+        one, other = real.halves() if kind == REAL else (some.whole(), real.whole())
         few = min(one.count, other.count) < ENOUGH_FOR_FID
         return Metric(
             self._name("fid", kind),

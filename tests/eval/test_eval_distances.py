@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from eval.pictures import distances
+from eval.pictures import distances, fidelity
 from eval.pictures.distances import Moments, frechet_distance, kernel_distance, squared_mmd
 from eval.pictures.fidelity import Fidelity
 from eval.pictures.gallery import REAL, TRUE_CODES, Seen
@@ -40,7 +40,7 @@ def test_moments_are_those_of_all_pictures_at_once(batch):
     taken = moments(some, batch)
     assert taken.count == 200 and np.allclose(taken.mean, some.astype(np.float64).mean(0), rtol=1e-14)
     assert np.allclose(taken.covariance(), np.cov(some.astype(np.float64), rowvar=False), rtol=1e-7)
-    both = moments(some[:50], 9).join(moments(some[50:], 200))
+    both = moments(some[:50], 9).joined(moments(some[50:], 200))
     assert np.allclose(both.covariance(), taken.covariance()) and both.count == 200
     with pytest.raises(ValueError, match="two"):
         moments(some[:1], 1).covariance()
@@ -147,6 +147,18 @@ def test_fidelity_compares_each_kind_with_the_true_pictures():
     kid = found["text_to_image.kid_bright"]
     assert kid.value == kernel_distance(mine, true, 0).value and kid.interval and "subsets of 5" in kid.note
     assert len(metrics) == 6 and not absent
+
+
+def test_many_pictures_need_the_memory_of_few(monkeypatch):
+    monkeypatch.setattr(fidelity, "KEPT_FOR_KID", 20)
+    monkeypatch.setattr(fidelity, "JOINED", 16)
+    kept, some = fidelity.Features(REAL, 3), features(97, 3)
+    for first in range(0, 97, 7):
+        kept.add(some[first : first + 7])
+    assert np.array_equal(np.concatenate(kept.kept), some[:20]) and len(kept.kept) == 3 and kept.count == 97
+    for half, mine in zip(kept.halves(), (some[::2], some[1::2]), strict=True):
+        assert half.count == len(mine) and np.allclose(half.covariance(), np.cov(mine, rowvar=False))
+    assert np.allclose(kept.whole().covariance(), np.cov(some, rowvar=False)) and kept.whole().count == 97
 
 
 def test_too_few_pictures_have_no_distance_but_a_reason():
