@@ -34,7 +34,8 @@ from opt.files import open_atomic
 from opt.lock import alone, in_turn, together
 from opt.progress import Progress, counted, progress
 
-QUESTIONS = "questions.jsonl"
+BESIDE = ("questions", "labels")
+"""What a source may know of its pictures that stands beside the shards, as JSON lines."""
 
 
 def extract(config: ExtractConfig) -> None:
@@ -56,7 +57,7 @@ def extract(config: ExtractConfig) -> None:
         with in_turn(config.out):
             plan = open_plan(config.source, module_name(config.name), config.out,
                              lambda sha256: claim(config.out, _settings(config, sha256, device, descriptions), words))
-            _write_questions(config)
+            _write_beside(config)
         job = Job(config, plan_work(plan.size, config.shard_size), mine)
         setup = Setup(config.out, plan, config.source.root, descriptions, device, config.jpeg, config.int8)
         if job.todo:
@@ -144,11 +145,13 @@ def words(name: str, value: Any) -> str:
     return f"{option} {value}"
 
 
-def _write_questions(config: ExtractConfig) -> None:
-    """The questions that the source has about its pictures, beside the shards."""
-    if hasattr(config.source, "questions") and not (config.out / QUESTIONS).exists():
-        with open_atomic(config.out / QUESTIONS, "w") as file:
-            file.writelines(json.dumps(question) + "\n" for question in config.source.questions())
+def _write_beside(config: ExtractConfig) -> None:
+    """The questions or labels that the source has for its pictures, beside the shards."""
+    for name in BESIDE:
+        lines, path = getattr(config.source, name, None), config.out / f"{name}.jsonl"
+        if callable(lines) and not path.exists():
+            with open_atomic(path, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines())
 
 
 def _forecast(config: ExtractConfig, setup: Setup, extractors: Extractors) -> str:

@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from feature_extract.sources.folder import PICTURES
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import (
+    MALFORMED,
     item_or_bad_row,
     key_of_path,
     required,
@@ -65,19 +66,32 @@ class Source:
         return [*given, *(folder for folder, _ in walk(split_folder(self.corpus, self.split)))]
 
     def rows(self) -> Iterator[Item | BadRow]:
-        top, names, templates = split_folder(self.corpus, self.split), self._names(), self._templates()
+        names, templates = self._names(), self._templates()
+        for path, folder in self._pictures():
+            yield item_or_bad_row(path, self._item, path, folder, names, templates)
+
+    def labels(self) -> Iterator[dict[str, Any]]:
+        """The class of every picture, by its name. Pictures that are bad rows are left out: `rows` has named them."""
+        names = self._names()
+        for path, folder in self._pictures():
+            try:
+                yield {"image_id": key_of_path(path), "labels": [well_formed(_name(folder, names))]}
+            except MALFORMED:
+                continue
+
+    def _pictures(self) -> Iterator[tuple[str, str]]:
+        """Path and class folder of every picture, in order."""
+        top = split_folder(self.corpus, self.split)
         for folder, files in walk(top):
             inside = folder.relative_to(top).parts
             for file in files if inside else ():
                 path = (folder / file).relative_to(self.corpus).as_posix()
                 if Path(file).suffix.lower() in PICTURES:
-                    yield item_or_bad_row(path, self._item, path, inside[0], names, templates)
+                    yield path, inside[0]
 
     def _item(self, path: str, folder: str, names: dict[str, str], templates: tuple[str, ...]) -> Item:
         """A picture with its captions. Raises ValueError for a class without a name."""
-        if names and _plain(folder) not in names:
-            raise ValueError(f"no name for the class {folder!r}")
-        name = names.get(_plain(folder)) or folder.replace("_", " ").replace("-", " ").strip()
+        name = _name(folder, names)
         if self.captions == "one":
             templates = (templates[zlib.crc32(path.encode()) % len(templates)],)
         narrations = (NarrationItem(str(number), fill(template, name)) for number, template in enumerate(templates))
@@ -101,6 +115,13 @@ class Source:
         if not templates or not all("{}" in template for template in templates):
             raise UserError(f"{self.templates}: every line must hold {{}}, where the name goes")
         return templates
+
+
+def _name(folder: str, names: dict[str, str]) -> str:
+    """What the class of a folder is called. Raises ValueError for one without a name."""
+    if names and _plain(folder) not in names:
+        raise ValueError(f"no name for the class {folder!r}")
+    return names.get(_plain(folder)) or folder.replace("_", " ").replace("-", " ").strip()
 
 
 def fill(template: str, name: str) -> str:

@@ -77,6 +77,13 @@ class QuestionSource(Source, Protocol):
         """Lines of a questions file (opt/data/questions.py): image_id (the item's key), question, answers."""
 
 
+class LabelSource(Source, Protocol):
+    """A source that knows what is in its pictures."""
+
+    def labels(self) -> Iterator[dict[str, Any]]:
+        """Lines of a labels file (`opt eval classify --labels`): image_id (the item's key), labels."""
+
+
 def clean_key(name: str) -> str:
     """A record key made from a corpus's own id: dots and slashes become hyphens."""
     return name.strip().replace(".", "-").replace("/", "-").replace("\\", "-")

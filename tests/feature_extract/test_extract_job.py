@@ -284,3 +284,17 @@ def test_questions_of_the_source_lie_beside_the_shards(tmp_path):
     assert len(reader.record(0).pictures) == 2 and reader.sample(0).caption == "Both are red."
     (question,) = read_questions(tmp_path / "out" / "questions.jsonl")
     assert question.keys == (reader.sample(0).key,) and question.answers == ("true",)
+
+
+def test_labels_of_the_source_lie_beside_the_shards(tmp_path):
+    from eval.naming import read_labels
+    from feature_extract.sources import class_folders
+
+    for name in ("red_hat", "dog"):
+        (tmp_path / "corpus" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 48), "red").save(tmp_path / "corpus" / name / "1.png")
+    settings = vars(config(tmp_path, tmp_path / "out", audio="none"))
+    source = class_folders.Source(tmp_path / "corpus")
+    extract(options.ExtractConfig(**settings | {"name": "class_folders", "source": source}))
+    assert set(ShardReader(tmp_path / "out").keys()) == set(read_labels(tmp_path / "out" / "labels.jsonl"))
+    assert not (tmp_path / "out" / "questions.jsonl").exists()

@@ -1,10 +1,12 @@
 """A plain folder, and a folder a class."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from eval.naming import read_labels
 from feature_extract.sources import class_folders, folder
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from opt.config import UserError
@@ -128,3 +130,18 @@ def test_settings_files_that_are_wrong_are_sentences(tmp_path, option, content):
         (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match="file"):
         list(class_folders.Source(tmp_path / "corpus", **{option: tmp_path / "file"}).rows())
+
+
+def test_the_class_of_every_picture_is_its_label(tmp_path):
+    touch(tmp_path, "train/n01440764/a.b.JPEG", "train/n07742313/x.png", "train/unnamed/x.png", "val/n01440764/v.JPEG")
+    names = tmp_path / "names.txt"
+    names.write_text("n01440764 tench, Tinca tinca\nn07742313 Granny Smith\n")
+    source = class_folders.Source(tmp_path, names=names)
+    assert list(source.labels()) == [
+        {"image_id": "train-n01440764-a-b", "labels": ["tench"]},
+        {"image_id": "train-n07742313-x", "labels": ["Granny Smith"]},
+    ]
+    assert [line["image_id"] for line in source.labels()] == [row.key for row in source.rows() if isinstance(row, Item)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in source.labels()))
+    assert read_labels(path) == {"train-n01440764-a-b": {"tench"}, "train-n07742313-x": {"Granny Smith"}}

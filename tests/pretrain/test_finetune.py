@@ -39,6 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"image_id": sample.key, "question": f"a {word}", "answers": ["star" if word in caption else "and"]}
              for sample in SAMPLES for caption in [(sample.caption or "").split()] for word in WORDS[:4]]
     (folder / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = [(sample.caption or "").split()[0] for sample in SAMPLES]
+    pairs = [(left, right) for left in range(0, 48, 3) for right in range(0, 48, 5) if left != right]
+    lines = [{"image_ids": [SAMPLES[left].key, SAMPLES[right].key], "question": "a star",
+              "answers": [str(first[left] == "star" or first[right] == "star").lower()]} for left, right in pairs]
+    (folder / "statements").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -46,7 +51,7 @@ def config(
     folder: Path, task: str, out: Path, steps: int = 12, rate: float = 5e-3, **changes: object
 ) -> FinetuneConfig:
     loop = LoopConfig(steps=steps, batch_tokens=800, workers=0, log_every=4, save_every=max(4, steps // 2))
-    questions = folder / "questions" if task.startswith("vqa") else None
+    questions = folder / "statements" if task == "nlvr2" else folder / "questions" if task.startswith("vqa") else None
     given = {"model": folder / "model", "shards": folder / "shards", "out": out, "questions": questions, "loop": loop,
              "optim": OptimConfig(learning_rate=rate)}
     return FinetuneConfig(task, **{**given, **changes})  # type: ignore[arg-type]
@@ -93,6 +98,55 @@ def test_answers_are_better_than_the_most_frequent_one(folder: Path, tmp_path: P
     metric = result["metrics"][0]
     assert metric["name"] == "vqa.accuracy" and metric["value"] > metric["chance"] + 0.1
     assert result["examples"][0]["question"].startswith("a ")
+
+
+def test_statements_are_judged_better_than_by_the_majority(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.VERBS, "eval nlvr2", cli.Verb("eval.nlvr2:nlvr2", ""))
+    finetune(config(folder, "nlvr2", tmp_path / "run", 120, 3e-3))
+    judged = ["eval", "nlvr2", str(tmp_path / "run/model"), str(folder / "shards"), "--statements",
+              str(folder / "statements")]
+    assert cli.main(judged) == 0
+    accuracy, consistency = json.loads((tmp_path / "run/results/nlvr2.json").read_text())["metrics"]
+    assert (accuracy["name"], consistency["name"]) == ("nlvr2.accuracy", "nlvr2.consistency")
+    assert accuracy["value"] > accuracy["chance"] + 0.1 and accuracy["note"].startswith("classified; the sentence")
+
+
+def test_ranked_answers_are_those_of_the_candidates(folder: Path, tmp_path: Path) -> None:
+    finetune(config(folder, "vqa-words", tmp_path / "run", 20))
+    ranked = ["eval", "vqa", str(tmp_path / "run/model"), str(folder / "shards"), "--questions",
+              str(folder / "questions"), "--rank-answers-of", str(folder / "questions"), "--candidates", "1"]
+    assert cli.main(ranked) == 0
+    result = json.loads((tmp_path / "run/results/vqa.json").read_text())
+    assert {line["answer"] for line in result["examples"]} == {"and"}
+    assert result["metrics"][0]["value"] == result["metrics"][0]["chance"]
+    assert "the likeliest of 1 candidates: sum of the log-prob" in result["metrics"][0]["note"]
+
+
+def test_questions_about_another_number_of_pictures_are_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    for task, file in (("nlvr2", "questions"), ("vqa-classes", "statements"), ("vqa-words", "statements")):
+        with pytest.raises(UserError, match="neither|tells true from false|answers questions about"):
+            finetune(config(folder, task, tmp_path / "run", questions=folder / file))
+    single = tmp_path / "single"
+    single.write_text(json.dumps({"image_id": SAMPLES[0].key, "question": "a", "answers": ["True"]}) + "\n")
+    with pytest.raises(UserError, match="has 1 picture; a model tuned for nlvr2 answers questions about 2 pictures"):
+        finetune(config(folder, "nlvr2", tmp_path / "run", questions=single))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_for_two_pictures_is_kept_or_renewed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(config(folder, "nlvr2", tmp_path / "first", 2))
+    assert "answer_head, over 2 answers" in capsys.readouterr().out
+    finetune(config(folder, "captioning", tmp_path / "second", 2, model=tmp_path / "first/model"))
+    assert from_pretrained(tmp_path / "second/model").config.tuning.pictures == 2
+    finetune(config(folder, "nlvr2", tmp_path / "third", 2, model=tmp_path / "second/model"))
+    assert "new in this model" not in capsys.readouterr().out
+    finetune(config(folder, "vqa-classes", tmp_path / "fourth", 2, model=tmp_path / "third/model"))
+    assert from_pretrained(tmp_path / "fourth/model").config.tuning.pictures == 1
+    assert "new in this model: answer_head" in capsys.readouterr().out
 
 
 def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(
