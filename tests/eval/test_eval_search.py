@@ -130,6 +130,8 @@ def test_reranking_orders_the_first_by_matching(made, tmp_path) -> None:
     assert [one["key"] for one in line["found"]] == [*sorted(nearest[:6], key=lambda key: -scores[key]), *nearest[6:]]
     assert [one["matching"] for one in line["found"][:6]] == pytest.approx(sorted(scores.values())[::-1], abs=1e-3)
     assert all("matching" not in one for one in line["found"][6:])
+    run(search, made / "index", "--text", query.caption, "--rerank", 6, "--top", 2, "--out", tmp_path / "lines.jsonl")
+    assert json.loads((tmp_path / "lines.jsonl").read_text())["found"] == line["found"][:2], "the best of all six"
 
 
 def test_own_files_are_found_in_their_index_and_shown(own, tmp_path, capsys) -> None:
