@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
+from workshop import make_workshop
 
 from eval import image_generation
 from eval.image_generation import Judging, TextToImageConfig, measure
 from eval.pictures.clip_score import open_clip
 from eval.pictures.networks import open_networks
 from eval.pictures.sheets import wrapped, write_sheets
+from eval.result import read_result
 from feature_extract.regions import Regions
+from opt.cli import main
 from opt.config import UserError
 from opt.systems.system import Sampling
 
@@ -369,3 +372,20 @@ def test_nothing_to_draw_is_a_sentence(make_task):
     samples = [dataclasses.replace(sample, caption=None) for sample in samples_of(make_task, 2)]
     with pytest.raises(UserError, match="nothing to draw"):
         found_by(make_task(samples), Detector(["cat"]))
+
+
+def test_a_model_on_extracted_shards_is_judged_from_the_command_line(tmp_path, capsys):
+    workshop = make_workshop(tmp_path / "made")
+    command = ["eval", "text-to-image", *(str(workshop / name) for name in ("model", "shards")), "--out", str(tmp_path)]
+    assert main([*command, "--draws", "2", "--seed", "3"]) == 0
+    result = read_result(tmp_path / "text_to_image.json")
+    found = by_name(result.metrics)
+    assert [*found] == [f"text_to_image.object_found{kind}" for kind in ("", "_true_codes", "_real")]
+    assert found["text_to_image.object_found_real"].value > 0  # two of the three are red circles to any eye
+    assert "too few pictures: 3" in result.absent["text_to_image.kid_tiny"]
+    assert "100 pictures, the split has those of 3" in result.absent["text_to_image.r_precision"]
+    assert all((tmp_path / example["generated"]).is_file() for example in result.examples)
+    assert Image.open(tmp_path / "text_to_image" / "sheet-001.png").width == 2 * 16 + 420 + 4 * 136
+    capsys.readouterr()
+    assert main([*command, "--fid-network", "nonsense"]) == 2
+    assert "--fid-network nonsense: expected tiny or inception:FILE" in capsys.readouterr().err
