@@ -123,20 +123,20 @@ class CiderD:
         )
 
     def _vector(self, counts: Counter[tuple[str, ...]]) -> tuple[Vector, list[float], int]:
-        """TF-IDF of the n-grams of each length, the norm of each length, and the number of pairs of words."""
+        """TF-IDF of the n-grams of each length, the norm of each length, and the number of words."""
         vector: Vector = [{} for _ in range(LONGEST)]
         for ngram, times in counts.items():
             vector[len(ngram) - 1][ngram] = times * self._rarity.get(ngram, self._rarest)
         norms = [float(np.sqrt(sum(weight**2 for weight in part.values()))) for part in vector]
-        return vector, norms, sum(times for ngram, times in counts.items() if len(ngram) == 2)
+        return vector, norms, sum(times for ngram, times in counts.items() if len(ngram) == 1)
 
 
 def _likeness(candidate: tuple[Vector, list[float], int], reference: tuple[Vector, list[float], int]) -> float:
     """Clipped cosine, mean over the lengths of n-grams, times a Gaussian of the difference in length, times 10."""
-    ours, our_norms, our_pairs = candidate
-    theirs, their_norms, their_pairs = reference
+    ours, our_norms, our_words = candidate
+    theirs, their_norms, their_words = reference
     total = 0.0
     for mine, their, norm in zip(ours, theirs, np.multiply(our_norms, their_norms).tolist(), strict=True):
         product = sum(min(weight, their[ngram]) * their[ngram] for ngram, weight in mine.items() if ngram in their)
         total += product / norm if norm else product
-    return 10 / LONGEST * total * float(np.exp(-((our_pairs - their_pairs) ** 2) / (2 * CIDER_SIGMA**2)))
+    return 10 / LONGEST * total * float(np.exp(-((our_words - their_words) ** 2) / (2 * CIDER_SIGMA**2)))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +207,10 @@ def test_a_java_program_that_fails_is_a_sentence_with_its_words(java, monkeypatc
     monkeypatch.setattr(java_captions, "SECONDS_A_PICTURE", 0)
     with pytest.raises(UserError, match="SPICE took longer than 0 s"):
         java_captions.spice([[["a"]]], [[["a"]]])
+    began = time.monotonic()
     with pytest.raises(UserError, match="METEOR's Java program failed or was ended"):
         java_captions.meteor([[["a"]]], [[["a"]]])
+    assert time.monotonic() - began < 30
 
 
 def test_what_java_lacks_is_named(java, monkeypatch):

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import jiwer
+import numpy as np
 import pytest
 
 from eval import speech
+from eval.metrics import bootstrap
 from eval.words import AS_WRITTEN, NORMALISER
 from opt.config import UserError
 from opt.systems.system import Sampling
@@ -69,7 +71,7 @@ def test_errors_by_word_and_letter_as_written_and_normalised(make_task):
 
 
 def test_the_most_frequent_confusions_come_first(make_task):
-    captions = ["a red dog", "a red cat", "a blue cat"]
+    captions = ["a blue cat", "a red dog", "a red cat"]
     task = make_task(told(make_task((3, 1)), captions))
     task.system.generate_text = lambda samples, modalities, sampling: [
         sample.caption.replace("red", "green").replace("blue ", "") for sample in samples
@@ -79,11 +81,36 @@ def test_the_most_frequent_confusions_come_first(make_task):
     assert confusions == [["red", "green", 2], ["blue", "", 1]]
 
 
+def test_intervals_draw_the_recordings_of_a_picture_together(make_task):
+    task = make_task((6, 4))
+    task.system.generate_text = lambda samples, modalities, sampling: [
+        "" if sample.key in ("scene-1", "scene-3") else sample.caption for sample in samples
+    ]
+    found = by_name(speech.measure(task)[0])
+    errors = np.array([5 * (number // 4 in (1, 3)) for number in range(24)])
+    sizes, groups = np.full(24, 5), np.repeat(np.arange(6), 4)
+    assert found["transcribe.wer"].interval == pytest.approx(bootstrap(errors, 0, sizes, groups))
+    assert found["transcribe.wer"].interval != pytest.approx(bootstrap(errors, 0, sizes))
+
+
+def test_the_gain_of_a_picture_is_positive_where_it_saves_errors(make_task):
+    task = make_task((4, 1))
+    task.system.generate_text = lambda samples, modalities, sampling: [
+        sample.caption if "image" in modalities else sample.caption.replace("of", "off") for sample in samples
+    ]
+    gain = by_name(speech.measure(task)[0])["transcribe.wer_gain.image"]
+    assert gain.value == pytest.approx(1 / 5) and gain.better == "higher"
+
+
 def test_each_normaliser_leaves_out_the_references_that_it_empties(make_task):
     captions = ["a dog", "?!", "um, mhm", "two cats"]
     task = make_task(told(make_task((4, 1)), captions))
-    task.system.generate_text = lambda samples, modalities, sampling: [sample.caption for sample in samples]
+    task.system.generate_text = lambda samples, modalities, sampling: [
+        sample.caption.replace("?!", "what") for sample in samples
+    ]
     found = by_name(speech.measure(task)[0])
+    confusions = json.loads((task.folder / speech.CONFUSIONS).read_text())["audio"]
+    assert confusions["words"] == 6 and not confusions["confusions"]
     counted = {end: found[f"transcribe.wer{end}"].n for end in ("", "_raw", "_whisper")}
     assert counted == {"": 3, "_raw": 4, "_whisper": 2}
     assert "1 recordings without words left out" in found["transcribe.cer_image_audio"].note
