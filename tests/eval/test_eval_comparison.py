@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval.page.compared import SIGNS, compare, reason
 from eval.page.dots import Dot, Row, dot_plot, nice_top
+from eval.page.figures import measured_by, shared_notes
 from eval.page.reported import MARK, reported
 from eval.page.run import Run
 from eval.page.words import DIRECTIONS, PAPER, in_order, is_gain, words
@@ -310,6 +311,15 @@ def test_words_taken_for_others_are_shown(tmp_path):
 )
 def test_figures_are_said_in_words_and_unknown_ones_by_their_name(name, said):
     assert words(Metric(name, 0.5, 1)) == said
+
+
+def test_notes_that_half_of_the_figures_share_are_said_beneath_the_table():
+    metrics = [replace(HIT, note=note) for note in ("greedy; 7 errors", "greedy; 8 errors", "", "9 errors")]
+    assert shared_notes(metrics) == ["greedy"]
+    said = measured_by([HIT, replace(HIT, normaliser="lower-case"), WER], ["greedy"])
+    assert re.sub("<.*?>", "", said) == (
+        "Protocol bleu/coco · wer/corpus. Normalised lower-case. Notes greedy. ")
+    assert measured_by([replace(HIT, protocol="")], []) is None
 
 
 def test_recalls_are_ordered_and_gains_known():
