@@ -156,7 +156,7 @@ def _gains(
     ]
     pairs += [(f"gain.{'_'.join(subset)}_over_{BASELINES[subset]}", subset, score) for subset, score in raw.items()]
     return [
-        found[more].minus(less).metric(f"classify.{name}", modalities=more, note=note, **about)
+        found[more].minus(less).metric(f"classify.{name}", modalities=more, protocol="map/macro", note=note, **about)
         for name, more, less in pairs
     ]
 

@@ -21,6 +21,7 @@ import numpy as np
 from eval.matching import Matching
 from eval.metrics import interval, resampled
 from eval.protocols import PROTOCOLS
+from eval.provenance import narrowed
 from eval.ranking import chance_recall
 from eval.result import Findings, Metric, measured
 from eval.searches import SHOWN, Modalities, Search, Searches
@@ -101,6 +102,7 @@ def open_searches(task: Task, config: RetrievalConfig) -> Searches:
         protocol = PROTOCOLS[config.protocol]
         numbers, rerank = protocol.narrow(task.split), protocol.rerank
         folds = protocol.folds_of(task.split)
+        task.provenance = narrowed(task.provenance, [task.split.keys[number] for number in numbers])
     return Searches(task, numbers, folds, config.rerank or rerank, Matching(task))
 
 

@@ -1,4 +1,4 @@
-"""docs/evaluation.md: its commands exist; every protocol and every field of a result that the code names is explained."""
+"""docs/evaluation.md: its commands exist; it explains every protocol and every field that the code names."""
 
 import dataclasses
 import re

@@ -24,7 +24,7 @@ class FakeReader:
     def __init__(self, samples):
         self.samples = samples
         self.manifest = SimpleNamespace(extractors={}, region_classes=())
-        self.fingerprint = "f" * 64
+        self.fingerprint, self.place = "f" * 64, "shards"
 
     def __len__(self):
         return len(self.samples)

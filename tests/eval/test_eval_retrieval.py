@@ -156,7 +156,7 @@ def test_wrong_options_are_sentences():
 
 
 def test_an_empty_split_is_a_sentence(make_task):
-    with pytest.raises(UserError, match="no samples to evaluate"):
+    with pytest.raises(UserError, match="shards holds no samples"):
         make_task([])
 
 

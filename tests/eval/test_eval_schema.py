@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from training import MODEL
 
 from eval import result as results
+from eval.protocols import PROTOCOLS, Protocol
 from eval.result import Metric, Provenance, Result, read_result, write_result
 from opt.checkpoint import save_pretrained
 from opt.cli import main
@@ -144,3 +145,17 @@ def test_what_the_verbs_write_says_all_of_it(root, tmp_path, verb):
     assert (told.precision, told.text_limit, told.device[:3]) == ("float32", MODEL.text_positions, "cpu")
     assert torch.__version__.startswith(told.packages["torch"].partition("+")[0])
     assert found.metrics and not [metric.name for metric in found.metrics if not metric.protocol]
+
+
+def test_a_named_protocol_says_which_samples_it_kept(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "twelve", Protocol("twelve", 12, 1, 2, 3, "", ""))
+    assert main(["eval", "retrieval", str(root / "test"), str(root / "test"), "--protocol", "twelve"]) == 2
+    words = ["eval", "retrieval", str(root / "model"), str(root / "test"), "--out", str(tmp_path)]
+    assert main([*words, "--protocol", "twelve"]) == 0
+    found = read_result(tmp_path / "retrieval.json")
+    by_name = {metric.name: metric for metric in found.metrics}
+    two_stage = by_name["retrieval.text_to_image.r1_two_stage"]
+    assert two_stage.rerank_k == 3 and "in each of 2 folds" in two_stage.candidates and "twelve" in two_stage.note
+    assert found.provenance.samples == 12
+    assert found.provenance.split_keys_sha256 == keys_sha256([f"sample{number}" for number in range(12)])
+    assert main([*words, "--protocol", "coco-5k"]) == 2
