@@ -20,7 +20,6 @@ from torch import Tensor
 
 from eval.pictures.gallery import squeezed
 from feature_extract.description import weights_sha256
-from feature_extract.tiny.regions import FEATURES, load_regions
 from opt.config import UserError
 from opt.files import sha256
 from opt.weights.state import read_state
@@ -72,6 +71,8 @@ def open_networks(words: Sequence[str], device: str = "cpu") -> list[PictureNetw
 
 
 def _tiny(device: str) -> PictureNetwork:
+    from feature_extract.tiny.regions import load_regions
+
     detector = load_regions().eval().requires_grad_(False).to(device)
 
     def run(pixels: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def _tiny(device: str) -> PictureNetwork:
         return detector.backbone(images.tensors)["0"].mean((2, 3))
 
     about = f"embedded detector's backbone, mean over places, SHA-256 {weights_sha256(detector)[:12]}"
-    return PictureNetwork("tiny", FEATURES, "bilinear to 128 x 128", about, run)
+    return PictureNetwork("tiny", detector.backbone.out_channels, "bilinear to 128 x 128", about, run)
 
 
 def _inception(file: Path, device: str) -> PictureNetwork:
