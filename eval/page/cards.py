@@ -41,9 +41,7 @@ def worst(folder: Path, result: Result, card: Card, class_: str = "gallery") -> 
 
 def sample(folder: Path, example: Mapping[str, Any]) -> Markup:
     """Any example: its picture or pictures, and its texts under their names."""
-    names = example.get("pictures")
-    shown = list(names) if isinstance(names, list | tuple) and names else [example.get("picture")]
-    images = [picture(folder, name) for name in shown]
+    images = [picture(folder, name) for name in listed(example.get("pictures")) or [example.get("picture")]]
     images = [element("div", images, class_="two")] if len(images) > 1 else images
     rows = [(words, _text(example[key])) for key, words in TERMS.items() if key in example]
     return element("div", images, terms([row for row in rows if row[1]]), class_="sample")
@@ -59,25 +57,31 @@ def terms(rows: Sequence[tuple[str, Any]]) -> Markup:
     return element("dl", [[element("dt", term), element("dd", text)] for term, text in rows])
 
 
+def listed(value: Any) -> list[Any]:
+    """A field of an example that should be a list; what is none counts as empty."""
+    return value if isinstance(value, list) else []
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, dict.fromkeys(map(str, value))))
+    if isinstance(value, list):
+        return ", ".join(dict.fromkeys(map(str, value)))
     return "" if value is None else str(value)
 
 
 def transcript(folder: Path, example: Mapping[str, Any]) -> Markup:
     """A picture with its true caption and what was written of it: caption and transcripts, their errors marked."""
     reference = example.get("reference")
-    references = [reference] if reference is not None else list(example.get("references") or [])[:1]
+    references = [reference] if reference is not None else listed(example.get("references"))[:1]
     rows: list[tuple[str, Any]] = [("true caption", text) for text in references]
     if "caption" in example:
         rows.append(("caption from the picture", example["caption"]))
-    for given, hypothesis in (example.get("hypotheses") or {}).items():
-        rows.append((f"transcript from {given}", marked(reference or "", hypothesis)))
-    if example.get("labels"):
-        rows.append(("objects in the picture", ", ".join(map(str, example["labels"]))))
+    hypotheses = example.get("hypotheses")
+    for given, hypothesis in hypotheses.items() if isinstance(hypotheses, Mapping) else ():
+        rows.append((f"transcript from {given}", marked(str(reference or ""), str(hypothesis))))
+    if labels := _text(example.get("labels")):
+        rows.append(("objects in the picture", labels))
     return element("div", picture(folder, example.get("picture")), terms(rows), class_="sample")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.page.cards import gallery, worst
+from eval.page.cards import gallery, listed, worst
 from eval.page.dots import Dot, Row, dot_plot
 from eval.page.figures import figures, gains, grey_notes, measured_by, protocol, section, shared_notes
 from eval.page.markup import Markup, element, joined, picture, table
@@ -141,7 +141,7 @@ def _grey(name: str, one: Reported, ways: Sequence[str]) -> Markup:
 def search(folder: Path, example: Mapping[str, Any]) -> Markup:
     """A query and what was found for it, pictures or texts, the right one ringed; a right picture not found beside it.
     """
-    found = [hit for hit in example.get("found") or () if isinstance(hit, Mapping)]
+    found = [hit for hit in listed(example.get("found")) if isinstance(hit, Mapping)]
     texts = [
         element("p", str(hit["text"]), class_="hit" if hit.get("right") else None) for hit in found if hit.get("text")
     ]

@@ -274,6 +274,17 @@ def test_what_failed_worst_is_shown_with_its_failure(tmp_path):
     assert "<dt>statement</dt>" in judged and "<dt>question</dt>" not in judged
 
 
+@pytest.mark.parametrize("odd", [None, 3, "text", True, [], [1], {}, [{"a": None}], {"a": ["b"]}])
+def test_examples_of_odd_shapes_make_a_page(tmp_path, odd):
+    fields = ("key", "text", "picture", "pictures", "found", "references", "reference", "hypotheses", "caption",
+              "labels", "question", "answer", "answers", "generated")
+    examples = [dict.fromkeys(fields, odd), *({field: odd} for field in fields)]
+    worst = [one | {"failure": "bad"} for one in examples]
+    for task in ("retrieval", "transcribe", "caption", "text_to_image", "vqa", "nlvr2", "classify", "unknown"):
+        write(tmp_path / "run", Metric(f"{task}.figure", 0.5, 9), examples=examples, worst=worst)
+    assert single(tmp_path / "run").count("Failed worst") == 8
+
+
 def test_words_taken_for_others_are_shown(tmp_path):
     run = write(tmp_path / "run", WER)
     counts = {"words": 1200, "substitutions": 27, "deletions": 13, "insertions": 5}
