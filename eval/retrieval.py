@@ -117,8 +117,9 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
         except LookupError as error:
             absent[f"retrieval.{direction}"] = str(error)
     if not found:
-        reasons = "; ".join(sorted(set(absent.values()))) or "no direction of --directions is in --matched-directions"
-        raise UserError(f"nothing to search: {reasons}")
+        reason = next(iter(absent.values()), "no direction of --directions is in --matched-directions")
+        others = f", nor what {len(absent) - 1} other directions need" if len(absent) > 1 else ""
+        raise UserError(f"nothing to search: {reason}{others}")
     shared = _captions_of_several_pictures(task.split)
     metrics = [metric for key, search in found.items() for metric in _recalls(setting, config, *key, search, shared)]
     both, text = (found.get((direction, "alignment")) for direction in ("text_audio_to_image", "text_to_image"))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stored_records import full_record, records_of, same, write_folder
@@ -137,7 +138,7 @@ def test_what_is_derived_keeps_its_origins(tmp_path: Path) -> None:
     [({"test": 0}, "--test 0"), ({"val": -1}, "--val -1"), ({"test": 18, "val": 3}, "20 of 20 records"),
      ({"name": " "}, "--name"), ({"incomplete": True}, "--incomplete"), ({"test": 21}, "hold out fewer")],
 )
-def test_wrong_words_are_sentences(folder: Path, tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_wrong_words_are_sentences(folder: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         split(dataclasses.replace(SplitConfig(folder, tmp_path / "out", test=2), **change))
 

@@ -149,7 +149,7 @@ def test_numbers_out_of_range(evaluation, verb: str, option: str):
 @pytest.mark.parametrize(
     ("verb", "shards", "said"),
     [
-        ("eval retrieval", "text", "hold no image with text"),
+        ("eval retrieval", "text", "hold no text with image, nor what 11 other directions need"),
         ("eval retrieval", "picture", "hold no"),
         ("eval retrieval", "speech", "hold no"),
         ("eval retrieval", "codes_told", "a picture without regions"),
