@@ -18,7 +18,8 @@ from opt.data.merge import MergeConfig, merge
 from opt.data.record import Narration
 from opt.data.shards import ShardReader
 from opt.data.split import FILE, SplitConfig, keys_sha256, read_split, split
-from opt.data.verify import VerifyConfig, verify
+from opt.data.verify import InspectConfig, VerifyConfig, inspect, verify
+from opt.lock import alone
 
 KEYS = [f"k{number}" for number in range(20)]
 RECORDS = [full_record(key, number) for number, key in enumerate(KEYS)]
@@ -123,7 +124,13 @@ def test_it_goes_on_where_it_was_stopped_and_refuses_another_split(
         assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes(), path
 
 
-def test_what_is_derived_keeps_its_origins(tmp_path: Path) -> None:
+def test_two_at_once_are_refused(folder: Path, tmp_path: Path) -> None:
+    for place in (tmp_path / "out", tmp_path / "out" / "train"):
+        with alone(place), pytest.raises(UserError, match="another job is writing here"):
+            split(SplitConfig(folder, tmp_path / "out", test=6))
+
+
+def test_what_is_derived_keeps_its_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, keys in (("one", "ab"), ("two", "cd")):
         write_folder(tmp_path / name, [[full_record(key, 0) for key in keys]], origins=(Origin(name, "train"),))
     merge(MergeConfig(tmp_path / "both", (tmp_path / "one", tmp_path / "two")))
@@ -131,6 +138,9 @@ def test_what_is_derived_keeps_its_origins(tmp_path: Path) -> None:
     split(SplitConfig(tmp_path / "both", tmp_path / "out", test=1, name="s"))
     test, train = (ShardReader(tmp_path / "out" / part).manifest for part in ("test", "train"))
     assert test.origins == train.origins == (Origin("one", "train"), Origin("two", "train"))
+    inspect(InspectConfig(tmp_path / "out" / "test", number=0))
+    said = capsys.readouterr().out
+    assert "records of one train, two train" in said and "part test of the frozen split s" in said
 
 
 @pytest.mark.parametrize(
