@@ -11,7 +11,7 @@ from fixtures import FACTS, fake_sample, fake_shards, tokenizer
 from safetensors.numpy import load_file
 from workshop import COUNT, make_workshop
 
-import eval.index
+import eval.index as building
 from eval.index import Index, index
 from eval.search import search
 from opt.checkpoint import from_pretrained, save_pretrained
@@ -184,11 +184,11 @@ def test_a_killed_build_leaves_no_index_and_the_same_command_ends_it(made, tmp_p
             raise KilledError
         return whole(path, *arguments)
 
-    whole = eval.index.write_vectors
+    whole = building.write_vectors
     command = (made / "model", made / "shards", "--out", tmp_path / "index")
     run(index, *command)
     (tmp_path / "index" / "audio.safetensors").unlink()
-    monkeypatch.setattr(eval.index, "write_vectors", write)
+    monkeypatch.setattr(building, "write_vectors", write)
     with pytest.raises(KilledError):
         run(index, *command)
     with pytest.raises(UserError, match="begun and not finished"):
