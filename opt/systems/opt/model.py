@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from opt.data.batch import Batch, TextTable
-from opt.data.layout import ranges
 from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
@@ -30,6 +29,7 @@ from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
 from opt.systems.opt.ranking import rank
 from opt.systems.opt.rows import Rows
+from opt.systems.opt.sequences import highest_region, on_host, padded, part
 from opt.systems.opt.writing import write
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress, Sampling, System
 
@@ -181,14 +181,14 @@ class OPT(System):
             return {}
         text_B, image_B, picture_B = batch.extra["align_text_image"].unbind(1)
         entries, own = self._entries(batch), np.arange(len(text_B))
-        text, image = _part(batch, entries, text_B, 0), _part(batch, entries, image_B, 1)
+        text, image = part(batch, entries, text_B, 0), part(batch, entries, image_B, 1)
         wrong_BB = picture_B[:, None] != picture_B
         if len(set(picture_B.tolist())) < 2:
             texts, images = own, own
         else:
             text_BE, image_BE = self.align["text"](first_SD[text_B]), self.align["image"](first_SD[image_B])
             scores_BB = self.temperature() * text_BE @ image_BE.T
-            other_image, other_text = (_on_host(draw_hard(scores, wrong_BB)) for scores in (scores_BB, scores_BB.T))
+            other_image, other_text = (on_host(draw_hard(scores, wrong_BB)) for scores in (scores_BB, scores_BB.T))
             texts, images = np.concatenate([own, own, other_text]), np.concatenate([own, other_image, own])
         logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
         return {"hard": pairs_match(logits_P[: len(own)], logits_P[len(own) :], batch.counts["hard"])}
@@ -225,13 +225,8 @@ class OPT(System):
         """Embedded words, regions or frames. The encoder mixes modalities from its first layer on, so that this is all
         that pairs can share."""
         batch = self.preparer().inputs(samples, [modality]).to(self.device)
-        view = batch.views["encoder"]
-        hidden_ND, lengths = self._entries(batch)[view.gather], _lengths(batch, len(view.gather)).cpu().numpy()
-        if modality != "text":  # [CLS] stands before whole sequences only: see `fuse`
-            kept_N = torch.ones(len(hidden_ND), dtype=torch.bool, device=self.device)
-            kept_N[view.first] = False
-            hidden_ND, lengths = hidden_ND[kept_N], lengths - 1
-        return States(hidden_ND, lengths)
+        cls = 0 if modality == "text" else 1  # it stands before whole sequences only: see `fuse`
+        return part(batch, self._entries(batch), np.arange(len(samples)), cls)
 
     @torch.inference_mode()
     def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
@@ -262,7 +257,7 @@ class OPT(System):
         if len(modalities) > 1:
             parts += [self._encode_samples(samples, [name])[2] for name in modalities]
         if "image" in modalities:
-            parts.append(_highest_region(batch, hidden_ND))
+            parts.append(highest_region(batch, hidden_ND))
         return torch.cat(parts, dim=1).float()
 
     @torch.inference_mode()
@@ -292,7 +287,7 @@ class OPT(System):
         ids = [np.append(self.tokenizer.encode(each, self.config.text_positions - 2), self.tokenizer.eos)
                for each in candidates]
         batch, hidden_ND, _ = self._encode_samples(samples, ("text", "image"))
-        context = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
+        context = padded(batch, hidden_ND)
         best_B = rank(self.text_decoder, self.text.token.weight, *context, self.tokenizer.bos, ids, shortlist)
         return [candidates[place] for place in best_B.tolist()]
 
@@ -324,45 +319,8 @@ class OPT(System):
     def _write(self, decoder: Decoder, table: nn.Embedding, samples: Sequence[Sample], modalities: Sequence[str],
                start: int, end: int | None, length: int, sampling: Sampling) -> Tensor:
         batch, hidden_ND, _ = self._encode_samples(samples, modalities)
-        context = _padded(hidden_ND, _lengths(batch, len(hidden_ND)))
+        context = padded(batch, hidden_ND)
         return write(decoder, table.weight, *context, start, end, length, sampling, [each.key for each in samples])
-
-
-def _lengths(batch: Batch, total: int) -> Tensor:
-    """Length of each sequence of the encoder's view: (S,) int64."""
-    first = batch.views["encoder"].first
-    return torch.diff(first, append=first.new_tensor([total]))
-
-
-def _padded(hidden_ND: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed states as (S, L, D), and which of them are real (S, L)."""
-    padded_SLD = nn.utils.rnn.pad_sequence(list(hidden_ND.split(lengths_S.tolist())), batch_first=True)
-    places_L = torch.arange(padded_SLD.shape[1], device=hidden_ND.device)
-    return padded_SLD, places_L[None, :] < lengths_S[:, None]
-
-
-def _on_host(values: Tensor) -> np.ndarray:
-    """int64, by way of numbers: on tensors that have no values this is an error of its own kind (pretrain/estimate)."""
-    return np.array(values.tolist(), np.int64)
-
-
-def _part(batch: Batch, entries: Tensor, sequence_B: Tensor, skipped: int) -> States:
-    """The entries of whole sequences of the encoder's view, without the first `skipped`."""
-    view = batch.views["encoder"]
-    borders, chosen = _on_host(view.layout.query_borders), _on_host(sequence_B)
-    starts, lengths = borders[chosen] + skipped, np.diff(borders)[chosen] - skipped
-    index = torch.from_numpy(ranges(starts, lengths)).to(entries.device)
-    return States(nn.functional.embedding(view.gather[index], entries), lengths)
-
-
-def _highest_region(batch: Batch, hidden_ND: Tensor) -> Tensor:
-    """The maximum of each feature over a sequence's regions, 0 where it has none: (S, D)."""
-    view, words, regions = batch.views["encoder"], len(batch.text.ids), len(batch.regions.masked)
-    region_N = (view.gather >= words) & (view.gather < words + regions)
-    lengths_S = _lengths(batch, len(hidden_ND))
-    hidden_SLD, valid_SL = _padded(hidden_ND.masked_fill(~region_N[:, None], float("-inf")), lengths_S)
-    highest_SD = hidden_SLD.masked_fill(~valid_SL[:, :, None], float("-inf")).amax(dim=1)
-    return highest_SD.masked_fill(highest_SD == float("-inf"), 0.0)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,46 @@
+"""What is read off the packed sequences of a batch: their parts by themselves, padded states, sums over regions.
+
+Shape legend: N packed tokens, S sequences of the encoder's view, B of them, L length, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opt.data.batch import Batch
+from opt.data.layout import ranges
+from opt.nn.states import States
+
+
+def part(batch: Batch, entries: Tensor, sequences: np.ndarray | Tensor, skipped: int) -> States:
+    """The entries of whole sequences (B,) of the encoder's view, each without its first `skipped`."""
+    view = batch.views["encoder"]
+    borders, chosen = on_host(view.layout.query_borders), on_host(sequences)
+    starts, lengths = borders[chosen] + skipped, np.diff(borders)[chosen] - skipped
+    index = torch.from_numpy(ranges(starts, lengths)).to(entries.device)
+    return States(nn.functional.embedding(view.gather[index], entries), lengths)
+
+
+def on_host(values: np.ndarray | Tensor) -> np.ndarray:
+    """int64, by way of numbers: of tensors without values this is an error of its own kind (pretrain/estimate.py)."""
+    return np.array(values.tolist(), np.int64)
+
+
+def padded(batch: Batch, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed states of the encoder's view as (S, L, D), and which of them are real (S, L)."""
+    first = batch.views["encoder"].first
+    lengths_S = torch.diff(first, append=first.new_tensor([len(hidden_ND)]))
+    padded_SLD = nn.utils.rnn.pad_sequence(list(hidden_ND.split(lengths_S.tolist())), batch_first=True)
+    places_L = torch.arange(padded_SLD.shape[1], device=hidden_ND.device)
+    return padded_SLD, places_L[None, :] < lengths_S[:, None]
+
+
+def highest_region(batch: Batch, hidden_ND: Tensor) -> Tensor:
+    """The maximum of each feature over a sequence's regions, 0 where it has none: (S, D)."""
+    view, words, regions = batch.views["encoder"], len(batch.text.ids), len(batch.regions.masked)
+    region_N = (view.gather >= words) & (view.gather < words + regions)
+    hidden_SLD, valid_SL = padded(batch, hidden_ND.masked_fill(~region_N[:, None], float("-inf")))
+    highest_SD = hidden_SLD.masked_fill(~valid_SL[:, :, None], float("-inf")).amax(dim=1)
+    return highest_SD.masked_fill(highest_SD == float("-inf"), 0.0)
