@@ -47,15 +47,12 @@ _RULES = tuple(
     re.compile(rule)
     for rule in (
         rf"({_LETTER}{_ALNUM}*){_CLITIC}",  # dog + 's
-        rf"[dDlLoO]{_APOSTROPHE}{_ALNUM}+(?:[-‐‑]{_ALNUM}+)*",
         rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*",  # word, and word.word
         rf"[-+]?{_NUMBER}",
-        rf"(?:{_ELISION}{_ALNUM}+|[-+]?{_NUMBER})(?:[-‐‑]{_ELISION}(?:{_ALNUM}+|{_NUMBER}))*",  # t-shirt, 5-year-old
-        rf"{_ALNUM}(?:{_ALNUM}|[.,])*(?:-(?:{_ALNUM}+|{_ACRONYM}\.))+",  # 1.5-inch
+        rf"{_ELISION}{_ALNUM}+(?:[-‐‑]{_ELISION}{_ALNUM}+)*",  # t-shirt, 5-year-old, o'clock
+        rf"{_ALNUM}(?:{_ALNUM}|[.,])*(?:-(?:{_ALNUM}+|{_ACRONYM}\.))+",  # 1.5-inch, U.S.-made
         rf"{_ALNUM}+(?:[-_]{_ALNUM}+)+",
-        rf"{_ACRONYM}\.(?:-{_ALNUM}+)+",  # U.S.-made
         rf"{_ALNUM}+(?:-{_LETTER}+){{0,2}}(?:/{_ALNUM}+(?:-{_LETTER}+){{0,2}}){{1,2}}",  # black/white, 1/2
-        rf"{_ALNUM}+-\d+/\d+|\d{{1,2}}/\d{{1,2}}/\d{{2,4}}",
         r"[A-Z]+(?:[&+][A-Z]+)+",  # AT&T
         r"[Cc](?:\+\+|#)",
         rf"({_LETTER}*[A-MO-Za-mo-z])[nN]{_APOSTROPHE}[tT](?!{_LETTER})",  # do + n't

@@ -62,6 +62,8 @@ class RetrievalConfig(EvalConfig):
     by matching. all-pairs: matching of every query with every candidate, which few splits are small enough for."""
     rerank: int | None = None
     """two-stage: how many of the first are ordered again; by default 20, or what the protocol says."""
+    faiss: str | None = None
+    """two-stage: a FAISS factory that finds the first, such as HNSW32, as `opt index` has it; left out: exactly."""
     directions: tuple[str, ...] = tuple(DIRECTIONS)
     """Which of the twelve directions are searched."""
     matched_directions: tuple[str, ...] = BOTH_WAYS
@@ -103,7 +105,7 @@ def open_searches(task: Task, config: RetrievalConfig) -> Searches:
         numbers, rerank = protocol.narrow(task.split), protocol.rerank
         folds = protocol.folds_of(task.split)
         task.provenance = narrowed(task.provenance, [task.split.keys[number] for number in numbers])
-    return Searches(task, numbers, folds, config.rerank or rerank, Matching(task))
+    return Searches(task, numbers, folds, config.rerank or rerank, config.faiss, Matching(task))
 
 
 def measure(task: Task, config: RetrievalConfig) -> Findings:
@@ -130,7 +132,8 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
         absent[GAIN] = next(filter(None, missing), "one of the two directions was not asked for")
     for way, suffix in SUFFIX.items():
         if all((direction, way) in found for direction in BOTH_WAYS):
-            metrics.append(_mean(task, [found[direction, way] for direction in BOTH_WAYS], suffix))
+            k = setting.rerank if way == "two-stage" else None
+            metrics.append(_mean(task, [found[direction, way] for direction in BOTH_WAYS], suffix, k))
     shown = next((found["text_to_image", way] for way in ways if ("text_to_image", way) in found), None)
     examples, worst = ([], []) if shown is None else (_first(task, shown), _worst(task, shown))
     return Findings(metrics, absent, examples, worst)
@@ -175,7 +178,7 @@ def _recalls(
         "candidates": _candidates(sought, offered, search, shared if "text" in (*given, *sought) else None),
         "protocol": "recall/ties-shared",
         "normaliser": "caption as stored, the model's own tokenizer",
-        "note": _note(setting, config.protocol, way, search),
+        "note": _note(setting, config, way, search),
         "rerank_k": min(setting.rerank, search.first.shape[1]) if way == "two-stage" else None,
     }
     return [
@@ -200,12 +203,13 @@ def _candidates(sought: Modalities, offered: Counter[int], search: Search, share
     return f"{said}; {int(shared[numbers].sum())} of {len(numbers)} captions also belong to another picture"
 
 
-def _note(setting: Searches, protocol: str, way: str, search: Search) -> str:
-    """How the split is quoted, and what the way costs."""
+def _note(setting: Searches, config: RetrievalConfig, way: str, search: Search) -> str:
+    """How the split is quoted, what finds the first candidates, and what the way costs."""
     queries, folds = len(search.queries), len(np.unique(setting.folds[search.queries]))
     pairs = {"two-stage": min(setting.rerank, search.first.shape[1]), "all-pairs": len(search.candidates) // folds}
     passes = f"{queries * pairs[way]:,} fusion passes" if way in pairs else ""
-    return "; ".join(part for part in (protocol, passes) if part)
+    first = f"first stage by FAISS, {config.faiss}" if way == "two-stage" and config.faiss else ""
+    return "; ".join(part for part in (config.protocol, first, passes) if part)
 
 
 def _gains(task: Task, both: Search, text: Search) -> list[Metric]:
@@ -228,7 +232,7 @@ def _gains(task: Task, both: Search, text: Search) -> list[Metric]:
     ]
 
 
-def _mean(task: Task, searches: Sequence[Search], suffix: str) -> Metric:
+def _mean(task: Task, searches: Sequence[Search], suffix: str, k: int | None) -> Metric:
     """The mean of the six recalls between pictures and captions, over paired resamples of the pictures."""
     groups, seed = task.split.groups, task.provenance.seed
     hits = [((search.ranks <= depth).astype(np.float64), groups[search.queries])
@@ -236,7 +240,7 @@ def _mean(task: Task, searches: Sequence[Search], suffix: str) -> Metric:
     draws = np.mean([resampled(hit, seed, groups=group) for hit, group in hits], axis=0)
     return Metric(
         f"{MEAN}{suffix}", float(np.mean([hit.mean() for hit, _ in hits])), sum(len(s.queries) for s in searches),
-        interval(draws), modalities=("text", "image"), direction="image -> text and text -> image",
+        interval(draws), rerank_k=k, modalities=("text", "image"), direction="image -> text and text -> image",
         candidates=" and ".join(str(len(search.candidates)) for search in searches), protocol="recall/ties-shared",
         note="mean of R@1, R@5 and R@10 both ways",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.matching import Matching
+from eval.nearest import first_k
 from eval.ranking import rank
 from eval.task import Task
 
@@ -43,6 +44,8 @@ class Searches:
     """Of every sample of the split: queries find candidates of their own fold only."""
     rerank: int
     """How many of the first two_stage orders again."""
+    faiss: str | None
+    """How FAISS finds the first; None: they are found exactly."""
     matching: Matching
     vectors: dict[Modalities, np.ndarray] = field(default_factory=dict)
 
@@ -86,7 +89,8 @@ class Searches:
                 query_QE[asked], candidate_CE[offered], groups[queries[asked]], groups[candidates[offered]], k,
                 self.task.provenance.seed,
             )  # fmt: skip
-            found.append(Search(queries[asked], candidates[offered], ranking.ranks, candidates[offered][ranking.first]))
+            first = first_k(query_QE[asked], candidate_CE[offered], k, self.faiss) if self.faiss else ranking.first
+            found.append(Search(queries[asked], candidates[offered], ranking.ranks, candidates[offered][first]))
         return _joined(found)
 
     def two_stage(self, given: Modalities, sought: Modalities, search: Search) -> Search:

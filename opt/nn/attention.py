@@ -15,9 +15,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from opt.data.layout import AttentionLayout, Bucket
+
+if torch.cuda.is_available():  # two seconds of imports for a kernel that nothing else has
+    from torch.nn.attention.varlen import varlen_attn
 
 
 class _Gather(torch.autograd.Function):

@@ -82,6 +82,15 @@ def test_all_pairs_and_two_stage_with_every_candidate_are_the_same(make_task):
     assert found["retrieval.text_to_image.r1_all_pairs"] == 1.0 > found["retrieval.audio_to_image.r1_all_pairs"]
 
 
+def test_faiss_that_looks_at_everything_finds_the_same_first(make_task):
+    pytest.importorskip("faiss")
+    metrics = measure(make_task((9, 2)), config(rerank=4, faiss="Flat"))[0]
+    exact = measure(make_task((9, 2)), config(rerank=4))[0]
+    assert values(metrics) == values(exact)
+    notes = {metric.name: metric.note for metric in metrics}
+    assert notes["retrieval.text_to_image.r1_two_stage"].startswith("first stage by FAISS, Flat; ")
+
+
 def test_three_modalities_are_fused_when_two_are_given(make_task):
     task = make_task((6, 1), blurred=("text",))
     direction = "text_audio_to_image"
