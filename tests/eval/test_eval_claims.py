@@ -80,7 +80,8 @@ def test_what_the_recording_adds_is_counted_on_the_same_queries(make_task):
     task = make_task(samples, blurred=("text",))
     embed = task.system.embed  # the fake embeds the first modality: here the recording speaks for both
     task.system.embed = lambda some, given: embed(some, ("audio",) if given == ("text", "audio") else given)
-    found = by_name(retrieval.measure(task, retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",)))[0])
+    config = retrieval.RetrievalConfig(Path("model"), Path("shards"), by=("alignment",))
+    found = by_name(retrieval.measure(task, config)[0])
     gain = found[f"{retrieval.GAIN}.r1"]
     text = np.array([number == 0 for number in range(24) for _ in range(2)])  # all captions look like picture 0's
     there = np.delete(np.arange(48), [3, 20])

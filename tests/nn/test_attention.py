@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 import varlen
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opt.data.batch import _apply
 from opt.data.layout import AttentionLayout, cross_layout, self_layout
+from opt.nn import attention
 from opt.nn.attention import Attention, _has_kernel, attend
 from opt.nn.block import Block, Stack
 
@@ -97,8 +99,9 @@ def test_only_a_gpu_in_half_precision_has_that_kernel() -> None:
             assert _has_kernel(torch.zeros(3, width, dtype=dtype, device="cuda"), 2) is has
 
 
-def test_on_a_gpu_the_kernel_is_torchs_own() -> None:
+def test_on_a_gpu_the_kernel_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes alone: no GPU is needed, and none is asked for a result."""
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn, raising=False)
     layouts = [(self_layout(LENGTHS), int(LENGTHS.sum()), False), (self_layout(LENGTHS), int(LENGTHS.sum()), True),
                (shared_contexts()[1], 20, False)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

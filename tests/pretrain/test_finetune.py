@@ -100,10 +100,7 @@ def test_answers_are_better_than_the_most_frequent_one(folder: Path, tmp_path: P
     assert result["examples"][0]["question"].startswith("a ")
 
 
-def test_statements_are_judged_better_than_by_the_majority(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(cli.VERBS, "eval nlvr2", cli.Verb("eval.nlvr2:nlvr2", ""))
+def test_statements_are_judged_better_than_by_the_majority(folder: Path, tmp_path: Path) -> None:
     finetune(config(folder, "nlvr2", tmp_path / "run", 120, 3e-3))
     judged = ["eval", "nlvr2", str(tmp_path / "run/model"), str(folder / "shards"), "--statements",
               str(folder / "statements")]
