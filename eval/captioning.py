@@ -19,7 +19,7 @@ from eval.metrics import interval, resampled
 from eval.naming import LabelFinder, read_labels
 from eval.ptb import ptb_words
 from eval.result import Findings, Metric, measured
-from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from eval.task import EXAMPLES, WORST, EvalConfig, Task, open_task
 from eval.words import NORMALISER, normalise, word_f1
 from opt.config import UserError
 from opt.systems.system import Sampling
@@ -30,8 +30,6 @@ REFERENCE_METRICS = (
     "caption.cider_d", "caption.meteor", "caption.spice",
 )  # fmt: skip
 COCO_WORDS = "lower-case Penn-Treebank-like words without coco-caption's punctuation"
-WORST = 12
-"""Captions shown among the worst."""
 
 
 @dataclass

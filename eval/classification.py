@@ -23,7 +23,7 @@ from eval.naming import read_verdicts
 from eval.probing import Exam, Score, open_exam
 from eval.raw_features import raw_features, vocabulary
 from eval.result import Findings, Metric
-from eval.task import EXAMPLES, EvalConfig, Split, Task, open_split, open_task
+from eval.task import EXAMPLES, WORST, EvalConfig, Split, Task, open_split, open_task
 from opt.config import UserError
 from opt.systems.system import MODALITIES
 
@@ -36,7 +36,6 @@ BASELINES = {
     MODALITIES: "all_raw",
 }
 """Subsets whose raw features, side by side, are probed too, and what they are called in metrics."""
-WORST = 12
 
 
 @dataclass

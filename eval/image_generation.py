@@ -28,7 +28,7 @@ from eval.pictures.object_found import ObjectFound
 from eval.pictures.r_precision import RPrecision
 from eval.pictures.sheets import Row, save_picture, write_sheets
 from eval.result import Findings, Metric
-from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from eval.task import EXAMPLES, WORST, EvalConfig, Task, open_task
 from feature_extract.extractors import load_extractors
 from feature_extract.regions import RegionExtractor
 from opt.config import UserError
@@ -36,7 +36,6 @@ from opt.data.manifest import Manifest
 from opt.data.record import Sample
 from opt.systems.system import Sampling
 
-WORST = 12
 ON_SHEETS = 512
 """Captions on sheets at most: 32 sheets are more than anyone looks at."""
 

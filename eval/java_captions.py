@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.coco_caption import Words
-from opt.config import UserError
+from opt.config import UserError, extra
 
 JAVA = ("java", "-Dfile.encoding=UTF-8")
 METEOR_JAR = "meteor/meteor-1.5.jar"
@@ -113,7 +113,7 @@ def _program(name: str, *needed: str) -> Path:
         raise UserError(f"{name} runs in Java and there is no `java` here: install a Java runtime, version 8 or newer")
     found = importlib.util.find_spec("pycocoevalcap")
     if found is None or not found.submodule_search_locations:
-        raise UserError(f"{name}'s Java program is missing: pip install pycocoevalcap")
+        raise UserError(f"{name}'s Java program is in pycocoevalcap, which is not here: {extra('eval')}")
     folder = Path(next(iter(found.submodule_search_locations)))
     missing = [file for file in needed if not (folder / file).is_file()]
     if missing and set(missing) <= set(CORENLP_JARS):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opt.config import UserError
+from opt.config import UserError, extra
 from opt.files import open_atomic, sha256
 
 DECIMALS = 5
@@ -148,8 +148,7 @@ def load_faiss() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise UserError('searching by FAISS needs the package faiss: pip install -c constraints.txt -e ".[faiss]"; '
-                        "without it an index is searched exactly") from error
+        raise UserError(f"searching by FAISS needs faiss-cpu: {extra('eval')}; without it a search is exact") from error
 
 
 def save_faiss(index: Any, path: Path) -> None:

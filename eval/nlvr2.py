@@ -19,11 +19,9 @@ import numpy as np
 
 from eval.asked import Asked, answered, example, open_asked, question
 from eval.result import Findings, measured
-from eval.task import EXAMPLES, EvalConfig, Task
+from eval.task import EXAMPLES, WORST, EvalConfig, Task
 from opt.config import UserError
 from opt.data.questions import NORMALISER, TRUTHS, normalise
-
-WORST = 12
 
 
 @dataclass

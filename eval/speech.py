@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.result import Findings, Metric, measured
-from eval.task import EXAMPLES, EvalConfig, Task, open_task
+from eval.task import EXAMPLES, WORST, EvalConfig, Task, open_task
 from eval.words import (
     AS_WRITTEN,
     NORMALISER,
@@ -47,8 +47,6 @@ CONFUSIONS = "confusions.json"
 "confusions", a list of [reference word, hypothesis word, times], the most frequent first; "" stands for no word. Words
 are those of the usual normaliser."""
 CONFUSIONS_KEPT = 200
-WORST = 12
-"""Recordings shown among the worst."""
 
 
 class Reading(NamedTuple):

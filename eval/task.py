@@ -32,6 +32,8 @@ from opt.systems.system import System
 
 EXAMPLES = 24
 """How many samples each evaluation keeps for the report: the first of the split, never chosen."""
+WORST = 12
+"""How many that failed worst are kept beside them."""
 
 Answer = TypeVar("Answer")
 

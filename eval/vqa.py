@@ -24,13 +24,12 @@ import numpy as np
 
 from eval.asked import Asked, answered, example, open_asked
 from eval.result import Findings, Metric, measured
-from eval.task import EXAMPLES, EvalConfig, Task
+from eval.task import EXAMPLES, WORST, EvalConfig, Task
 from opt.config import UserError
 from opt.data.questions import NORMALISER, normalise, read_questions, written_answers
 
 AGREEING = 3
 KINDS = ("yes_no", "number", "other")
-WORST = 12
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from opt.config import UserError
+from opt.config import UserError, extra
 
 NORMALISER = "lower-case, no punctuation, single spaces"
 AS_WRITTEN = "none: as written, single spaces"
@@ -44,7 +44,7 @@ def whisper_normaliser() -> tuple[str, Callable[[str], str]]:
     carries it (that package's own rules have moved on from OpenAI's). Raises UserError where the package is missing.
     """
     if importlib.util.find_spec("whisper_normalizer") is None:
-        raise UserError(f"Whisper's table of spellings is missing: pip install {WHISPER_PACKAGE}")
+        raise UserError(f"Whisper's table of spellings is in {WHISPER_PACKAGE}, which is not here: {extra('eval')}")
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     table = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"

@@ -25,6 +25,11 @@ class RunAgain(Exception):
     """Stopped as asked, in good order, before the end: the same command goes on. The message says how far it came."""
 
 
+def extra(name: str) -> str:
+    """The command that installs an optional part."""
+    return f'pip install -c constraints.txt -e ".[{name}]"'
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as JSON-ready values (paths as strings)."""
     return {name: _plain(getattr(config, name)) for name in (field.name for field in dataclasses.fields(config))}

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from opt.config import extra
+
 CORE = "pip install -c constraints.txt -e ."
 DETECTRON2 = (
     "git clone https://github.com/facebookresearch/detectron2 && pip install --no-build-isolation ./detectron2"
@@ -66,17 +68,21 @@ def examine() -> list[Finding]:
         _package("--codes dvae", "torch", "torch", CORE),
         _package("--codes dalle", "torch", "torch", CORE),
         _tiny_networks(),
-        _package("--runner ray", "ray", "ray", _extra("ray")),
-        _package("tables in Parquet", "pyarrow", "pyarrow", _extra("parquet")),
-        _package("pretrain --tensorboard", "tensorboard", "tensorboard", _extra("tensorboard")),
-        _package("pretrain --shards https://", "aiohttp", "aiohttp", _extra("remote")),
-        _package("pretrain --shards s3://", "s3fs", "s3fs", _extra("remote")),
-        _package("pretrain --shards gs://", "gcsfs", "gcsfs", _extra("remote")),
+        _package("--runner ray", "ray", "ray", extra("ray")),
+        _package("tables in Parquet", "pyarrow", "pyarrow", extra("parquet")),
+        _package("pretrain --tensorboard", "tensorboard", "tensorboard", extra("tensorboard")),
+        _package("pretrain --shards https://", "aiohttp", "aiohttp", extra("remote")),
+        _package("pretrain --shards s3://", "s3fs", "s3fs", extra("remote")),
+        _package("pretrain --shards gs://", "gcsfs", "gcsfs", extra("remote")),
+        _package("opt index --faiss", "faiss", "faiss-cpu", extra("eval")),
+        _package("eval text-to-image --fid-network inception", "torch_fidelity", "torch-fidelity", extra("eval")),
+        _package("eval transcribe, Whisper's words", "whisper_normalizer", "whisper-normalizer", extra("eval")),
+        _package("eval caption, METEOR (needs Java)", "pycocoevalcap", "pycocoevalcap", extra("eval")),
         _package("torchrun", "torch.distributed", "torch", CORE, _processes),
         _package("sound files", "soundfile", "soundfile", CORE, _soundfile),
         _package("espeak-ng voices", "espeakng_loader", "espeakng-loader", CORE, _espeak),
-        _package("DALL-E (only to compare)", "dall_e", "DALL-E", _extra("dalle")),
-        _package("fairseq (only to compare)", "fairseq", "fairseq-fixed", _extra("fairseq")),
+        _package("DALL-E (only to compare)", "dall_e", "DALL-E", extra("dalle")),
+        _package("fairseq (only to compare)", "fairseq", "fairseq-fixed", extra("fairseq")),
         _java(),
     ]
 
@@ -110,11 +116,6 @@ def _package(
         reason = str(error).strip().splitlines() or [""]
         return Finding(name, False, f"{type(error).__name__}: {reason[0]}", mend)
     return Finding(name, True, ", ".join(part for part in (_version(module, distribution), more) if part))
-
-
-def _extra(name: str) -> str:
-    """The command that installs an optional part."""
-    return f'pip install -c constraints.txt -e ".[{name}]"'
 
 
 def _version(module: str, distribution: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opt.config import UserError
+from opt.config import UserError, extra
 from opt.distributed import rank
 
 
@@ -18,8 +18,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(f"--tensorboard needs a package that is missing ({error}); "
-                            'pip install -c constraints.txt -e ".[tensorboard]", or leave it out') from error
+            raise UserError(
+                f"--tensorboard needs a package that is missing ({error}); {extra('tensorboard')}, or leave it out"
+            ) from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1) if rank() == 0 else None
 
     def append(self, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval.pictures.gallery import squeezed
 from feature_extract.description import weights_sha256
-from opt.config import UserError
+from opt.config import UserError, extra
 from opt.files import sha256
 from opt.weights.state import read_state
 
@@ -94,7 +94,7 @@ def _inception(file: Path, device: str) -> PictureNetwork:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError("--fid-network inception needs torch-fidelity: pip install torch-fidelity") from error
+        raise UserError(f"--fid-network inception needs torch-fidelity: {extra('eval')}") from error
     written = io.BytesIO()
     torch.save(read_state(file), written)
     written.seek(0)

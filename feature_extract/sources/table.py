@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from feature_extract.sources.item import BadRow, Item, NarrationItem
 from feature_extract.sources.reading import MALFORMED, bad_row, key_of, required, stem_of, table_rows, well_formed
-from opt.config import UserError
+from opt.config import UserError, extra
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
@@ -135,7 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+        raise UserError(f"{path}: reading Parquet needs pyarrow: {extra('parquet')}") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         yield 0, file.schema_arrow.names

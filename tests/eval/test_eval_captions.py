@@ -218,7 +218,7 @@ def test_what_java_lacks_is_named(java, monkeypatch):
     with pytest.raises(UserError, match=r"stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar in .*lib"):
         java_captions.spice([[["a"]]], [[["a"]]])
     monkeypatch.setattr(java_captions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install pycocoevalcap"):
+    with pytest.raises(UserError, match="pycocoevalcap, which is not here: pip install"):
         java_captions.meteor([[["a"]]], [[["a"]]])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="METEOR runs in Java and there is no `java`"):

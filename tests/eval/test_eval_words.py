@@ -93,7 +93,7 @@ def test_whispers_normaliser_is_openai_s():
 
 def test_without_its_table_whispers_normaliser_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(words.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install whisper-normalizer"):
+    with pytest.raises(UserError, match="whisper-normalizer, which is not here: pip install"):
         words.whisper_normaliser()
 
 
