@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from eval import java_captions
-from eval.coco_caption import LONGEST, CiderD, bleu, bleu_counts, bleu_intervals, rouge_l
+from eval.captions import java
+from eval.captions.coco import LONGEST, CiderD, bleu, bleu_counts, bleu_intervals, rouge_l
+from eval.captions.ptb import ptb_words
 from eval.metrics import interval, resampled
 from eval.naming import LabelFinder, read_labels
-from eval.ptb import ptb_words
 from eval.result import Findings, Metric, measured
 from eval.task import EXAMPLES, WORST, EvalConfig, Task, open_task
 from eval.words import NORMALISER, normalise, word_f1
@@ -212,13 +212,13 @@ class Likeness:
 
     def meteor(self) -> Metric:
         """METEOR of the set, which is no mean: its interval is the mean's, moved. Raises UserError without Java."""
-        (value, scores_N), (chance, _) = java_captions.meteor((self._captions, self._dealt), self._references)
+        (value, scores_N), (chance, _) = java.meteor((self._captions, self._dealt), self._references)
         range_ = interval(resampled(scores_N, self._seed), value)
         return Metric("caption.meteor", value, len(scores_N), range_, chance, protocol="meteor-1.5/java", **self._about)
 
     def spice(self) -> Metric:
         """Mean SPICE. Raises UserError without Java or its models."""
-        scores_N, dealt_N = java_captions.spice((self._captions, self._dealt), self._references)
+        scores_N, dealt_N = java.spice((self._captions, self._dealt), self._references)
         return self._mean("caption.spice", "spice/java", scores_N, dealt_N)
 
     def worst(self) -> dict[int, str]:

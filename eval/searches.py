@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.lookup.nearest import first_k
 from eval.matching import Matching
-from eval.nearest import first_k
 from eval.ranking import rank
 from eval.task import Task
 

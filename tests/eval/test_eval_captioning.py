@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from eval import captioning
-from eval.coco_caption import CiderD
-from eval.ptb import ptb_words
+from eval.captions.coco import CiderD
+from eval.captions.ptb import ptb_words
 from opt.config import UserError
 from opt.systems.system import Sampling
 
@@ -24,7 +24,7 @@ def no_java(monkeypatch):
         raise UserError("no Java here")
 
     for name in ("meteor", "spice"):
-        monkeypatch.setattr(captioning.java_captions, name, missing)
+        monkeypatch.setattr(captioning.java, name, missing)
 
 
 def by_name(metrics):
@@ -113,8 +113,8 @@ def test_java_figures_stand_beside_the_others_where_java_runs(make_task, monkeyp
         assert [len(words) for words in sets] == [4, 4] and sets[0] != sets[1]
         return [(0.3, np.array([0.2, 0.3, 0.2, 0.3])), (0.1, np.zeros(4))]
 
-    monkeypatch.setattr(captioning.java_captions, "meteor", meteor)
-    monkeypatch.setattr(captioning.java_captions, "spice", lambda sets, references: np.array([[0.5] * 4, [0.1] * 4]))
+    monkeypatch.setattr(captioning.java, "meteor", meteor)
+    monkeypatch.setattr(captioning.java, "spice", lambda sets, references: np.array([[0.5] * 4, [0.1] * 4]))
     metrics, absent, *_ = captioning.measure(make_task((4, 1)), captioning.CaptionConfig(*HERE))
     found = by_name(metrics)
     assert set(absent) == set(captioning.OBJECT_METRICS)

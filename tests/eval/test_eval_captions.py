@@ -14,9 +14,9 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from eval import java_captions
-from eval.coco_caption import CiderD, bleu, bleu_counts, bleu_intervals, rouge_l
-from eval.ptb import ptb_words
+from eval.captions import java as java_captions
+from eval.captions.coco import CiderD, bleu, bleu_counts, bleu_intervals, rouge_l
+from eval.captions.ptb import ptb_words
 from opt.config import UserError
 
 DATA = Path(os.environ.get("OPT_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))

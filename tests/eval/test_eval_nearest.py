@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from eval import nearest
-from eval.nearest import build, exact, first_k, open_faiss, save_faiss, share_found
+from eval.lookup import nearest
+from eval.lookup.nearest import build, exact, first_k, open_faiss, save_faiss, share_found
 from opt.config import UserError
 from opt.files import sha256
 

@@ -11,9 +11,9 @@ from fixtures import FACTS, fake_sample, fake_shards, tokenizer
 from safetensors.numpy import load_file
 from workshop import COUNT, make_workshop
 
-import eval.index as building
-from eval.index import Index, index
-from eval.search import search
+import eval.lookup.index as building
+from eval.lookup.index import Index, index
+from eval.lookup.search import search
 from opt.checkpoint import from_pretrained, save_pretrained
 from opt.cli import _parse
 from opt.config import UserError

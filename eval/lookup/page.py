@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from eval.lookup.vectors import Entry
 from eval.own_files import Input
 from eval.page.markup import Markup, document, element
-from eval.vectors import Entry
 from opt.data.record import Sample
 from opt.data.shards import ShardReader
 

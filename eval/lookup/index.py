@@ -21,8 +21,8 @@ import torch
 from tyro.conf import Positional, arg
 
 import opt
-from eval.nearest import approximate, build, empty, exact, open_faiss, save_faiss, share_found
-from eval.vectors import Entry, Vectors, write_vectors
+from eval.lookup.nearest import approximate, build, empty, exact, open_faiss, save_faiss, share_found
+from eval.lookup.vectors import Entry, Vectors, write_vectors
 from opt import config as configuration
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.coco_caption import Words
+from eval.captions.coco import Words
 from opt.config import UserError, extra
 
 JAVA = ("java", "-Dfile.encoding=UTF-8")

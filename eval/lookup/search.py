@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
-from eval.index import WHAT, Index, Modality
+from eval.lookup.index import WHAT, Index, Modality
+from eval.lookup.page import Found, page
 from eval.own_files import Input, check_outputs, open_extractors, pair, read_samples, refuse_unusable, write_lines
-from eval.search_page import Found, page
 from eval.task import in_batches
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json

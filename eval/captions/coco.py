@@ -1,4 +1,4 @@
-"""BLEU-1..4, ROUGE-L and CIDEr-D as coco-caption computes them, on words that are already cut (eval/ptb.py).
+"""BLEU-1..4, ROUGE-L and CIDEr-D as coco-caption computes them, on words that are already cut (eval/captions/ptb.py).
 
     candidates, one a picture ------+--> BLEU counts (N, ...) --summed--> corpus BLEU-1..4
     references, some a picture -----+--> ROUGE-L (N,)

@@ -1,0 +1,1 @@
+"""Measures of captions against references, as coco-caption has them."""

@@ -1,0 +1,1 @@
+"""An index of vectors on disk, and searches in it."""
