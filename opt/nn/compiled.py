@@ -6,8 +6,10 @@ and the length of a context may change freely. Blocks of one kind share their co
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opt.data.layout import AttentionLayout
@@ -24,6 +26,11 @@ def compile_blocks(system: nn.Module, backend: str | Any = "inductor") -> None:
             module.compile(backend=backend, dynamic=False, recompile_limit=SHAPES)
         elif isinstance(module, Stack):
             module.register_forward_pre_hook(_mark, with_kwargs=True)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Blocks as they are, for tokens in numbers that nobody can foresee: each would make a graph of its own."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _mark(stack: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Compiled blocks: the same numbers, one graph for all blocks of a kind, and none made anew for filled batches."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from opt.nn.block import Block
 from opt.nn.compiled import _mark, compile_blocks
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, OPTConfig
+from opt.systems.opt.config import Tuning
 from opt.systems.opt.tasks import TASKS
 from opt.systems.system import Progress
 
@@ -31,9 +33,9 @@ def _anew() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def model() -> OPT:
+def model(config: OPTConfig = CONFIG) -> OPT:
     torch.manual_seed(0)
-    return OPT(CONFIG, tokenizer(), FACTS)
+    return OPT(config, tokenizer(), FACTS)
 
 
 def batch(system: OPT, seed: int, filled: bool) -> Batch:
@@ -113,3 +115,15 @@ def test_a_decoder_without_rows_and_evaluation_work_compiled(monkeypatch: pytest
     with torch.no_grad():
         terms = system.eval()(prepared, Progress(0, 0.0)).terms
     assert torch.isfinite(loss(terms)) and float(terms["dtr"].total) == 0
+
+
+def test_hard_pairs_come_in_too_many_sizes_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen.use(monkeypatch)
+    tuned = dataclasses.replace(CONFIG, alignment_weight=1.0, tuning=Tuning("retrieval-hard"))
+    system, compiler = model(tuned), CompileCounterWithBackend("aot_eager")
+    compile_blocks(system, compiler)
+    frames = []
+    for seed in range(4):
+        step(system, batch(system, seed, filled=True))
+        frames.append(compiler.frame_count)
+    assert frames[0] > 0 and frames == frames[:1] * 4

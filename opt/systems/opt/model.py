@@ -16,6 +16,7 @@ from opt.data.batch import Batch, TextTable
 from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
+from opt.nn.compiled import uncompiled
 from opt.nn.decoder import Decoder
 from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
 from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
@@ -175,8 +176,8 @@ class OPT(System):
 
     def _hard_pairs(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
         """Fine-tuning for retrieval: each true pair, its text with the picture and its picture with the text of another
-        that the alignment takes for right (ALBEF, section 3.2). Which ones is known on the host only after the first
-        encoding: the one step that waits for the device."""
+        that the alignment takes for right (ALBEF, section 3.2), out of this process's micro-batch. Which ones is known
+        on the host only after the first encoding: the one step that waits for the device."""
         if self.align is None or self.temperature is None or "hard" not in batch.counts:
             return {}
         text_B, image_B, picture_B = batch.extra["align_text_image"].unbind(1)
@@ -190,7 +191,8 @@ class OPT(System):
             scores_BB = self.temperature() * text_BE @ image_BE.T
             other_image, other_text = (on_host(draw_hard(scores, wrong_BB)) for scores in (scores_BB, scores_BB.T))
             texts, images = np.concatenate([own, own, other_text]), np.concatenate([own, other_image, own])
-        logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
+        with uncompiled():
+            logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
         return {"hard": pairs_match(logits_P[: len(own)], logits_P[len(own) :], batch.counts["hard"])}
 
     def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
