@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eval.ranking import ranks
-from eval.task import Task
+from eval.task import Task, require_finite
 from opt.config import UserError
 from opt.nn.states import States
 from opt.progress import progress
@@ -92,6 +92,8 @@ class Matching:
                 }
                 parts = {name: states for name, (_, states) in kept.items()}
                 scores.append(self.task.system.fuse(parts, rows).float().cpu().numpy())
+                keys = [self.task.split.keys[number] for number in first[start : start + size]]
+                require_finite(scores[-1], keys, label)
                 bar.advance(len(scores[-1]))
         self.fusion_passes += len(first)
         return np.concatenate(scores)

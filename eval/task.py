@@ -121,10 +121,17 @@ class Task:
         label: str,
         split: Split | None = None,
     ) -> np.ndarray:
-        """As `batches` for an answer that is a tensor (B, ...): float32 (len(numbers), ...) in numpy."""
-        return np.stack(
-            self.batches(numbers, lambda samples: list(answer(samples).float().cpu().numpy()), label, split)
-        )
+        """As `batches` for an answer that is a tensor (B, ...): float32 (len(numbers), ...) in numpy.
+
+        Raises UserError where it is not finite.
+        """
+
+        def rows(samples: list[Sample]) -> list[np.ndarray]:
+            values_B = answer(samples).float().cpu().numpy()
+            require_finite(values_B, [sample.key for sample in samples], label)
+            return list(values_B)
+
+        return np.stack(self.batches(numbers, rows, label, split))
 
     def strangers(self, numbers: np.ndarray) -> np.ndarray:
         """For each of `numbers` one that shows another picture, drawn by the seed: a partner for chance levels.
@@ -174,14 +181,30 @@ def in_batches(
     return answers
 
 
+def require_finite(values_B: np.ndarray, keys: Sequence[str], label: str) -> None:
+    """Raises UserError where one of the values (B, ...) is not finite: nothing compares with NaN, so that nothing would
+    stand before it and the right answer would seem to be the first."""
+    broken = ~np.isfinite(values_B).reshape(len(values_B), -1).all(axis=1)
+    if broken.any():
+        raise UserError(f"{label}: the model gives no finite number for {keys[int(np.argmax(broken))]}: its weights, or "
+                        "these shards, are damaged; `opt shards verify --deep` checks the shards")
+
+
 def open_task(name: str, verb: str, config: EvalConfig) -> Task:
-    """Open the model and the shards of `config`. Raises UserError when either is missing or the split is empty."""
+    """Open the model and the shards of `config`.
+
+    Raises UserError when either is missing, the model's weights are not finite or the split is empty.
+    """
     began = time.monotonic()
     if config.batch < 1:
         raise UserError(f"--batch {config.batch} must be at least 1")
     if config.seed < 0:
         raise UserError(f"--seed {config.seed} must be at least 0")
     system = from_pretrained(config.model)
+    broken = [name for name, weight in system.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise UserError(f"{config.model}: {broken[0]} holds NaN or infinity, as after training that diverged; give a "
+                        "model of an earlier step")
     split = open_split(config.shards, config.limit, system)
     command = _command(verb, config)
     provenance = provenance_of(config.model, system, split.reader, split.keys, config.seed, command)

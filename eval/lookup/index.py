@@ -23,6 +23,7 @@ from tyro.conf import Positional, arg
 import opt
 from eval.lookup.nearest import approximate, build, empty, exact, open_faiss, save_faiss, share_found
 from eval.lookup.vectors import Entry, Vectors, write_vectors
+from eval.task import require_finite
 from opt import config as configuration
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json
@@ -208,10 +209,7 @@ def _embedded(
         for first in range(0, len(numbers), batch):
             samples = [reader.sample(int(number)) for number in numbers[first : first + batch]]
             vectors_BE = system.embed(samples, [modality]).float().cpu().numpy()
-            broken = np.flatnonzero(~np.isfinite(vectors_BE).all(axis=1))
-            if len(broken):
-                raise UserError(f"the model gives no finite vector for the {modality} of {samples[broken[0]].key}: its "
-                                "weights, or these shards, are damaged; `opt shards verify --deep` checks the shards")
+            require_finite(vectors_BE, [sample.key for sample in samples], f"embed {WHAT[modality]}")
             yield vectors_BE, samples
             bar.advance(len(samples))
 

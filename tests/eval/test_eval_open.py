@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures import FACTS, fake_sample, fake_shards, tokenizer
 
 from eval import image_generation, speech
-from eval.task import open_split, open_task
-from opt.checkpoint import save_pretrained
+from eval.retrieval import RetrievalConfig, measure
+from eval.task import EvalConfig, open_split, open_task
+from opt.checkpoint import from_pretrained, save_pretrained
 from opt.cli import main
 from opt.config import UserError
 from opt.systems.system import Sampling, build, load
@@ -67,3 +69,22 @@ def test_options_of_drawing_out_of_range_are_refused(folders, tmp_path, change):
     config = image_generation.TextToImageConfig(*folders, out=tmp_path, **change)
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}"):
         image_generation.text_to_image(config)
+
+
+def test_a_model_whose_training_diverged_is_refused_not_praised(folders, tmp_path):
+    model, shards = folders
+    broken = from_pretrained(model)
+    with torch.no_grad():
+        next(broken.parameters()).view(-1)[0] = float("nan")
+    save_pretrained(broken, tmp_path / "model")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        open_task("retrieval", "retrieval", EvalConfig(tmp_path / "model", shards, tmp_path / "results"))
+
+
+@pytest.mark.parametrize("broken", ["embed", "fuse"])
+def test_what_is_not_finite_is_no_hit(make_task, monkeypatch, broken):
+    task = make_task((3, 1))
+    sound = getattr(task.system, broken)
+    monkeypatch.setattr(task.system, broken, lambda *given: sound(*given) * float("nan"))
+    with pytest.raises(UserError, match="no finite number for scene-0"):
+        measure(task, RetrievalConfig(Path("model"), Path("shards")))
