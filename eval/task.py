@@ -186,8 +186,8 @@ def require_finite(values_B: np.ndarray, keys: Sequence[str], label: str) -> Non
     stand before it and the right answer would seem to be the first."""
     broken = ~np.isfinite(values_B).reshape(len(values_B), -1).all(axis=1)
     if broken.any():
-        raise UserError(f"{label}: the model gives no finite number for {keys[int(np.argmax(broken))]}: its weights, or "
-                        "these shards, are damaged; `opt shards verify --deep` checks the shards")
+        raise UserError(f"{label}: the model gives no finite number for {keys[int(np.argmax(broken))]}: its weights, "
+                        "or these shards, are damaged; `opt shards verify --deep` checks the shards")
 
 
 def open_task(name: str, verb: str, config: EvalConfig) -> Task:

@@ -204,7 +204,7 @@ def test_a_model_that_gives_no_numbers_makes_no_index(made, tmp_path) -> None:
     with torch.no_grad():
         next(system.parameters()).fill_(float("nan"))
     save_pretrained(system, tmp_path / "model")
-    with pytest.raises(UserError, match="no finite vector"):
+    with pytest.raises(UserError, match="no finite number for sample0"):
         run(index, tmp_path / "model", made / "shards", "--out", tmp_path / "index")
     assert not any((tmp_path / "index").glob("[!.]*"))
 
