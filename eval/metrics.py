@@ -36,8 +36,13 @@ def mean_average_precision(
     scores_NC: np.ndarray, labels_NC: np.ndarray, weights_SN: np.ndarray | None = None,
     verified_NC: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Macro: the mean of `average_precision` over the classes that have a positive: () or, with weights, (S,)."""
-    return np.asarray(np.nanmean(average_precision(scores_NC, labels_NC, weights_SN, verified_NC), axis=-1))
+    """Macro: the mean of `average_precision` over the classes that have a positive: () or, with weights, (S,).
+
+    NaN where none has.
+    """
+    found = average_precision(scores_NC, labels_NC, weights_SN, verified_NC)
+    counted = np.isfinite(found).sum(-1)
+    return np.where(counted > 0, np.nansum(found, axis=-1) / np.maximum(counted, 1), np.nan)
 
 
 def micro_average_precision(

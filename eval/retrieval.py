@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eval.lookup.nearest import load_faiss
 from eval.matching import Matching
 from eval.metrics import interval, resampled
 from eval.protocols import PROTOCOLS
@@ -90,6 +91,10 @@ def retrieval(config: RetrievalConfig) -> None:
         raise UserError(f"--rerank {config.rerank} must be at least 1; to order nothing again give --by alignment")
     if not config.by:
         raise UserError(f"--by is empty: give one or more of {', '.join(SUFFIX)}")
+    if "two-stage" not in config.by and (unread := [name for name in ("rerank", "faiss") if getattr(config, name)]):
+        raise UserError(f"--{unread[0]} is of two-stage search: name two-stage in --by, or leave it out")
+    if config.faiss is not None:
+        load_faiss()  # where it is missing, that is said before the work
     if config.protocol and config.protocol not in PROTOCOLS:
         raise UserError(f"--protocol {config.protocol} is unknown; there are {', '.join(PROTOCOLS)}")
     task = open_task("retrieval", "retrieval", config)

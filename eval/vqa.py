@@ -29,6 +29,8 @@ from opt.config import UserError
 from opt.data.questions import NORMALISER, normalise, read_questions, written_answers
 
 AGREEING = 3
+CANDIDATES, SHORTLIST = 3129, 128
+"""Answers that are ranked, and those of them that are scored in full, where nothing else is asked for."""
 KINDS = ("yes_no", "number", "other")
 
 
@@ -41,10 +43,11 @@ class VQAConfig(EvalConfig):
     rank_answers_of: Path | None = None
     """Rank answers by the decoder's likelihood instead of writing one (models tuned for vqa-words): the most frequent
     answers of this file of questions, such as those of training."""
-    candidates: int = 3129
-    """How many of them are ranked."""
-    shortlist: int = 128
-    """Of more candidates than this, only those whose first token is likeliest are scored in full (ALBEF); 0: all."""
+    candidates: int | None = None
+    """How many of them are ranked; by default 3129."""
+    shortlist: int | None = None
+    """Of more candidates than this, only those whose first token is likeliest are scored in full (ALBEF); 0: all; by
+    default 128."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,26 @@ def vqa(config: VQAConfig) -> None:
     """
     if config.questions is None:
         raise UserError("--questions is missing: give the file of questions about the pictures of these shards")
-    if config.candidates < 1 or config.shortlist < 0:
-        raise UserError(f"--candidates {config.candidates} --shortlist {config.shortlist}: at least 1, and at least 0")
-    ranked = None
-    if config.rank_answers_of is not None:
-        known = written_answers(read_questions(config.rank_answers_of), config.candidates)
-        if not known:
-            raise UserError(f"--rank-answers-of {config.rank_answers_of}: no question there has an answer to rank")
-        ranked = Ranked(known, config.shortlist)
+    ranked = _ranked(config)
     task = open_asked("vqa", config, config.questions)
     task.finish(measure(task, ranked))
+
+
+def _ranked(config: VQAConfig) -> Ranked | None:
+    """What is ranked, if anything. Raises UserError for options out of range, or that nobody would read."""
+    for name, least in (("candidates", 1), ("shortlist", 0)):
+        value = getattr(config, name)
+        if value is not None and config.rank_answers_of is None:
+            raise UserError(f"--{name} is for answers that are ranked: give --rank-answers-of, or leave it out")
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if config.rank_answers_of is None:
+        return None
+    count = CANDIDATES if config.candidates is None else config.candidates
+    known = written_answers(read_questions(config.rank_answers_of), count)
+    if not known:
+        raise UserError(f"--rank-answers-of {config.rank_answers_of}: no question there has an answer to rank")
+    return Ranked(known, SHORTLIST if config.shortlist is None else config.shortlist)
 
 
 def measure(task: Task, ranked: Ranked | None = None) -> Findings:

@@ -262,7 +262,10 @@ def _read_facts(folder: Path) -> IndexFacts:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema}, this version reads {SCHEMA}; build the index again")
-    return configuration.from_dict(IndexFacts, content, str(path))
+    facts = configuration.from_dict(IndexFacts, content, str(path))
+    if set(facts.bytes) != set(facts.rows) or (facts.faiss is not None and set(facts.faiss_sha256) != set(facts.rows)):
+        raise UserError(f"{path} is damaged: its parts name other modalities; build the index again")
+    return facts
 
 
 def _vectors_path(folder: Path, modality: str) -> Path:

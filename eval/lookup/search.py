@@ -204,11 +204,16 @@ def _table(found: Sequence[Found]) -> str:
     lines = [f"rank  similarity  {'matching  ' * matched}{'key':{wide}}  caption"]
     for rank, one in enumerate(found, start=1):
         score = "" if one.matching is None else f"{one.matching:+.2f}"
-        caption = " ".join((one.entry.caption or "").split())
+        caption = _plain(one.entry.caption or "")
         matching = f"{score:>8}  " * matched
-        lines.append(f"{rank:4}  {one.similarity:10.4f}  {matching}{one.entry.key:{wide}}  {caption}")
+        lines.append(f"{rank:4}  {one.similarity:10.4f}  {matching}{_plain(one.entry.key):{wide}}  {caption}")
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     return "\n".join(line if columns is None or len(line) <= columns else f"{line[: columns - 1]}…" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """One line without what a terminal would obey: colours, other directions of writing."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
 
 
 def _line(rank: int, found: Found) -> dict[str, Any]:

@@ -25,6 +25,14 @@ def test_micro_and_macro_equal_scikit_learn(given):
     np.testing.assert_allclose(metrics.micro_average_precision(scores, labels, weights), by_row, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+def test_resamples_without_a_positive_are_nan_without_a_word(given):
+    scores, labels, _, weights = given
+    weights[3] = ~labels.any(1)
+    found = metrics.mean_average_precision(scores, labels, weights)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [3]
+
+
 def test_labels_that_nobody_verified_do_not_count(given):
     scores, labels, verified, weights = given
     by_class = [average_precision_score(labels[kept, c], scores[kept, c]) for c, kept in enumerate(verified.T[:4])]

@@ -158,6 +158,8 @@ def test_wrong_options_are_sentences():
         ({"matched_directions": ("smell_to_image",)}, "smell_to_image is no direction"),
         ({"rerank": 0}, "--rerank 0 must be at least 1"),
         ({"by": ()}, "--by is empty"),
+        ({"by": ("alignment",), "rerank": 5}, "--rerank is of two-stage search"),
+        ({"by": ("all-pairs",), "faiss": "Flat"}, "--faiss is of two-stage search"),
         ({"protocol": "coco"}, "--protocol coco is unknown; there are coco-5k"),
     ):
         with pytest.raises(UserError, match=words):

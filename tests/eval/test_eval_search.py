@@ -13,7 +13,9 @@ from workshop import COUNT, make_workshop
 
 import eval.lookup.index as building
 from eval.lookup.index import Index, index
-from eval.lookup.search import search
+from eval.lookup.page import Found
+from eval.lookup.search import _table, search
+from eval.lookup.vectors import Entry
 from opt.checkpoint import from_pretrained, save_pretrained
 from opt.cli import _parse
 from opt.config import UserError
@@ -173,6 +175,21 @@ def test_faiss_flat_is_exact_and_its_share_is_said(made, tmp_path, capsys) -> No
         Index(tmp_path / "index").search(query, "image", 7)
     run(index, made / "model", made / "shards", "--out", tmp_path / "index", "--modalities", "image")
     assert {path.name for path in (tmp_path / "index").glob("[!.]*")} == {"image.safetensors", "index.json"}
+
+
+def test_parts_of_an_index_that_contradict_each_other_are_damage(made, tmp_path) -> None:
+    for number, change in enumerate(({"faiss": "HNSW32"}, {"bytes": {}}, {"rows": {"image": 40}})):
+        folder = tmp_path / str(number)
+        shutil.copytree(made / "index", folder)
+        facts = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(facts | change))
+        with pytest.raises(UserError, match="is damaged: its parts name other modalities"):
+            Index(folder)
+
+
+def test_captions_cannot_command_the_terminal() -> None:
+    found = [Found(Entry(0, "key\x1b[2J", "0", "red \x1b[31m\u202e\nblue 赤"), 0.5)]
+    assert _table(found).splitlines()[1].endswith("key\ufffd[2J  red \ufffd[31m\ufffd blue 赤")
 
 
 def test_a_killed_build_leaves_no_index_and_the_same_command_ends_it(made, tmp_path, monkeypatch) -> None:

@@ -78,7 +78,9 @@ def test_candidates_reach_the_system_and_the_note(make_task) -> None:
 def test_candidates_out_of_range_are_sentences(tmp_path) -> None:
     path = tmp_path / "q"
     path.write_text(json.dumps({"image_id": "a", "question": "what?"}) + "\n")
-    with pytest.raises(UserError, match="--candidates 0"):
-        vqa(VQAConfig(tmp_path, tmp_path, questions=path, candidates=0))
+    with pytest.raises(UserError, match="--candidates 0 must be at least 1"):
+        vqa(VQAConfig(tmp_path, tmp_path, questions=path, rank_answers_of=path, candidates=0))
+    with pytest.raises(UserError, match="--shortlist is for answers that are ranked: give --rank-answers-of"):
+        vqa(VQAConfig(tmp_path, tmp_path, questions=path, shortlist=0))
     with pytest.raises(UserError, match="no question there has an answer to rank"):
         vqa(VQAConfig(tmp_path, tmp_path, questions=path, rank_answers_of=path))
