@@ -21,7 +21,7 @@ from eval.page import comparison, single
 from eval.page.run import Run, read_run
 from eval.result import results_table
 from opt.config import UserError
-from opt.files import write_atomic
+from opt.files import make_folder, write_atomic
 
 WAY_OUT = "give the folder of a run, and run `opt eval ...` on its model first"
 
@@ -56,9 +56,10 @@ def _of_one(folder: Path, out: Path | None) -> None:
     figures = summary(run)
     write_atomic(folder / "summary.json", (json.dumps(figures, indent=1) + "\n").encode())
     path = out or folder / "report.html"
+    make_folder(path.parent)
     write_atomic(path, single.page(run).encode())
-    if run.results:
-        print(results_table(list(run.results.values())))
+    for result in run.results.values():
+        print(results_table([result]), end="\n\n")
     if run.training:
         print(f"training: {len(run.training):,} lines of metrics, the last of step {run.training[-1]['step']:,}, loss "
               f"{run.training[-1]['loss']}")
@@ -72,6 +73,7 @@ def _of_several(folders: Sequence[Path], path: Path) -> None:
     runs = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     if all(run.empty for run in runs):
         raise UserError(f"none of the folders holds results/*.json or metrics.jsonl; {WAY_OUT}")
+    make_folder(path.parent)
     write_atomic(path, comparison.page(runs).encode())
     for run in runs:
         print(f"{run.name}: " + ("nothing to show" if run.empty else f"{len(run.found())} figures of "

@@ -42,6 +42,8 @@ def header(runs: Sequence[Run]) -> Markup:
         element("p", RULE, class_="lead"),
         element("p", f"Grey columns are what {source()} reports on other data; they are compared with nothing here.",
                 class_="hint"),
+        element("p", "In plots a line is the 95 % interval, the mark ", element("span", class_="key"),
+                " chance; what is compared with nothing is pale.", class_="hint"),
         tiny(*runs),
     ])  # fmt: skip
 

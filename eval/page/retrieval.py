@@ -37,7 +37,7 @@ def retrieval(run: Run) -> Markup | None:
         element("p", f"{coinciding}, so that nobody could tell them apart.", class_="small") if coinciding else None,
         figures(rest) if rest else None,
         [element("h3", "What the recording adds to the caption, in points"), gains(more)] if more else None,
-        [element("h3", "The first queries of the split and what was found for them, best first"),
+        [element("h3", "The first queries of the split and what was found for them, best first, the right one ringed"),
          gallery(run.pictures, result.examples, search, "queries")] if result.examples else None,
         worst(run.pictures, result, search, "queries"),
     )  # fmt: skip
@@ -91,7 +91,7 @@ def _table(recalls: Recalls) -> Markup:
         rows += [_grey(name, one, ways) for one in tables if f"retrieval.{name}.r1" in one.figures]
     above = element("tr", element("th"), [element("th", WAYS[way], colspan=3, scope="colgroup") for way in ways],
                     element("th", colspan=2), class_="groups")  # fmt: skip
-    heads = ["", *[f"R@{depth}" for _ in ways for depth in DEPTHS], "chance", "queries"]
+    heads = ["", *[f"R@{depth}" for _ in ways for depth in DEPTHS], "chance", "queries in candidates"]
     seconds = sorted({metric.rerank_k for found in recalls.values() for metric in found.values() if metric.rerank_k})
     note = seconds and element(
         "p", f"In two stages: the best {' or '.join(map(str, seconds))} by alignment are ordered again by matching. "

@@ -60,7 +60,8 @@ def _confusions(run: Run) -> Markup | None:
             for said, written, times in counts["confusions"][:CONFUSED]
         ]  # fmt: skip
         parts.append([element("p", said, class_="hint"), element("ul", pairs, class_="confused")])
-    return joined([element("h3", "Words taken for others"), parts]) if parts else None
+    key = element("p", "Struck out is what was said, ", element("ins", "shaded"), " what was written.", class_="hint")
+    return joined([element("h3", "Words taken for others"), key, parts]) if parts else None
 
 
 def captions(run: Run) -> Markup | None:

@@ -34,6 +34,8 @@ def training(run: Run) -> Markup | None:
     return joined([
         element("h2", "Training"),
         element("p", " · ".join(_facts(run)), class_="hint"),
+        element("p", "Faint: every value; strong: a running mean. docs/opt.md says what the objectives of OPT are.",
+                class_="hint"),
         element("div", losses, class_="curves"),
         [element("h3", "Speed, gradient and memory"), element("div", machine, class_="curves")] if machine else None,
     ])  # fmt: skip

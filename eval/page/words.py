@@ -24,13 +24,15 @@ HINTS = {
     "transcribe": "Lower is better. The text is written by the decoder; chance is handing each recording the caption "
     "of another picture.",
     "caption": "Written from the picture alone. Chance: the same captions dealt to other pictures. CIDEr-D is shown "
-    "a hundredfold, as is usual.",
+    "a hundredfold, as is usual; its bar is full from 100 % on.",
     "text_to_image": "Codes are drawn from the caption alone and decoded to 64 × 64 pixels; the region detector looks "
-    "at them. Chance: the same pictures judged by the captions of others.",
+    "at them. Chance: the same pictures judged by the captions of others. FID and KID are distances between pictures: "
+    "lower is better, and FID is too high for few pictures.",
     "vqa": "Chance: always the most frequent answer.",
     "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged "
     "rightly of every pair of pictures they are about.",
-    "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture?",
+    "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture? "
+    "The mean is over classes; micro averages are over all pairs of picture and class.",
 }
 DIRECTIONS = (
     "text_to_image", "image_to_text", "text_to_audio", "audio_to_text", "text_audio_to_image",
@@ -40,7 +42,8 @@ DIRECTIONS = (
 """The paper's five first."""
 PAPER = DIRECTIONS[:5]
 KINDS = {"": "", "_true_codes": ", true pictures from their codes", "_real": ", true pictures"}
-"""Which pictures are judged, by the suffix of a figure's name."""
+HALVES = {**KINDS, "_real": ", true pictures against others"}
+"""Which pictures are judged, by the suffix of a figure's name; distances are between two sets of them."""
 WAYS = {"": "by alignment", "_two_stage": "in two stages", "_all_pairs": "by matching all pairs"}
 """How candidates are ordered, by the suffix of a recall's name."""
 WORDS = {
@@ -96,7 +99,7 @@ def words(metric: Metric) -> str:
     if found := DRAWN.fullmatch(name):
         base, kind = found["name"], KINDS[found["kind"]]
         if distance := NETWORK.fullmatch(base):
-            return f"{distance['distance'].upper()} by the {distance['network']} network{kind}"
+            return f"{distance['distance'].upper()} by the {distance['network']} network{HALVES[found['kind']]}"
         return f"{WORDS.get(base, base)}{kind}"
     if found := SUBSET.fullmatch(name):
         subset = [word for word in found["subset"].split("_") if word in MODALITIES]
