@@ -67,7 +67,7 @@ class Metric:
         """The interval for people, such as 61.0 to 72.5."""
         if self.unit == "share" or self.interval is None:
             return percent_range(self.interval)
-        return f"{self.interval[0]:.4g} to {self.interval[1]:.4g}"
+        return f"{self.interval[0]:.3g} to {self.interval[1]:.3g}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def read_result(path: Path) -> Result:
     if not path.is_file():
         raise UserError(f"{path} is not there; expected a result, as `opt eval` writes it")
     content = read_json(path)
-    if wrong := _against_schema(content):
+    if wrong := _against_schema(content) or _not_finite(content):
         raise UserError(f"{path} is not a result of this version ({wrong}); run the evaluation again")
     del content["schema"]
     return from_dict(Result, content, str(path))
@@ -182,6 +182,15 @@ def _against_schema(content: Any) -> str:
     if error is None:
         return ""
     return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the whole'}: {_short(error.message)}"
+
+
+def _not_finite(content: Any) -> str:
+    """That there is a NaN or an infinity in it, which Python's reader takes and JSON does not know; else ""."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        return "it holds NaN or infinity"
+    return ""
 
 
 def _short(message: str) -> str:
