@@ -61,6 +61,8 @@ def classify(config: ClassifyConfig) -> None:
         raise UserError("--train-shards is missing: the probe is fitted on shards other than those it is judged on")
     if not config.labels:
         raise UserError("--labels is missing: give the files that say what is in the pictures of both folders")
+    if config.train_limit < 1:
+        raise UserError(f"--train-limit {config.train_limit} must be at least 1")
     task = open_task("classify", "classify", config)
     train = open_split(config.train_shards, config.train_limit, task.system)
     labels: dict[str, frozenset[str]] = {}

@@ -81,11 +81,12 @@ def read_verdicts(path: Path) -> tuple[dict[str, frozenset[str]], dict[str, froz
             if "absent" in entry:
                 absent[key] = _names(entry["absent"])
                 if both := labels[key] & absent[key]:
-                    raise ValueError(f"{min(both)!r} is both there and absent")
+                    raise UserError(f"{path}, line {number}: {min(both)!r} stands in both \"labels\" and \"absent\"; "
+                                    "take it out of one of them")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{path}, line {number}: expected {{"image_id": text, "labels": [text, ...]}}, and if it has "absent" '
-                "other texts there"
+                f'{path}, line {number}: expected {{"image_id": text, "labels": [text, ...]}}, and "absent" like '
+                '"labels", if it has that'
             ) from error
     if not labels:
         raise UserError(f"{path} holds no labels")
@@ -93,9 +94,10 @@ def read_verdicts(path: Path) -> tuple[dict[str, frozenset[str]], dict[str, froz
 
 
 def _names(entry: object) -> frozenset[str]:
-    """Raises TypeError for anything but a list of texts."""
+    """Raises TypeError or ValueError for anything but a list of texts."""
     if not isinstance(entry, list) or not all(isinstance(name, str) for name in entry):
         raise TypeError("must be a list of texts")
+    "".join(entry).encode()  # half of a surrogate pair is no text: ValueError
     return frozenset(entry)
 
 

@@ -52,7 +52,8 @@ def test_labels_are_read_by_key_and_a_bad_line_is_named(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"image_id": "a", "labels": []}\r\n\n{"image_id": "b", "labels": ["dog"]}\n\n')
     assert read_labels(path) == {"a": frozenset(), "b": {"dog"}}
     bad = [b'{"image_id": "a"}', b'{"image_id": 3, "labels": []}', b"\xff", b"[]"]
-    bad += [b'{"image_id": "a", "labels": %s}' % labels for labels in (b'"red circle"', b"[1]", b'{"dog": 1}', b"null")]
+    bad += [b'{"image_id": "a", "labels": %s}' % labels for labels in (b'"red circle"', b"[1]", b'{"dog": 1}', b"null",
+                                                                     b'["\\ud800"]')]
     for line in bad:
         path.write_bytes(b'{"image_id": "z", "labels": []}\n' + line + b"\n")
         with pytest.raises(UserError, match="line 2"):

@@ -251,3 +251,11 @@ def test_long_runs_make_no_long_page(tmp_path):
                                              (12_345, "12.3k"), (4.1e6, "4.1M"), (-2e4, "-20k")])
 def test_numbers_are_said_shortly(value, said):
     assert short(value) == said
+
+
+def test_a_page_may_go_to_a_folder_that_is_not_there(tmp_path):
+    runs = tuple(make_run(tmp_path / name, ["caption"]) for name in ("one", "two"))
+    for given in (runs[:1], runs):
+        page = tmp_path / f"new{len(given)}" / "deep" / "page.html"
+        report(ReportConfig(given, page))
+        assert page.is_file()

@@ -60,6 +60,9 @@ def test_probe_options_are_asked_for():
         classification.classify(classification.ClassifyConfig(*HERE))
     with pytest.raises(UserError, match="--labels"):
         classification.classify(classification.ClassifyConfig(*HERE, train_shards=Path("train")))
+    with pytest.raises(UserError, match="--train-limit 0"):
+        classification.classify(
+            classification.ClassifyConfig(*HERE, train_shards=Path("train"), labels=HERE, train_limit=0))
 
 
 def test_a_result_is_read_back_and_a_broken_one_is_a_sentence(make_task, tmp_path):
@@ -68,6 +71,9 @@ def test_a_result_is_read_back_and_a_broken_one_is_a_sentence(make_task, tmp_pat
     result = Result("a", (metric,), make_task((1, 1)).provenance, 1.0, {"a.c": "no data"}, [{"key": "k"}], [])
     path = write_result(result, tmp_path)
     assert read_result(path) == result
-    path.write_text("{}")
-    with pytest.raises(UserError, match="not a result"):
-        read_result(path)
+    whole = path.read_text()
+    for broken, words in (("{}", "not a result"), (whole.replace("0.5", "NaN"), "holds NaN or infinity"),
+                          (whole.replace("0.5", "1e999"), "holds NaN or infinity")):  # fmt: skip
+        path.write_text(broken)
+        with pytest.raises(UserError, match=words):
+            read_result(path)
