@@ -108,17 +108,33 @@ def keys_sha256(keys: Iterable[str]) -> str:
 
 
 def read_split(path: Path) -> FrozenSplit:
-    """What split.json holds. Raises UserError where its keys are not those that were written."""
+    """What split.json holds. Raises UserError where its keys are not those that were written, or no split."""
     if not path.is_file():
         raise UserError(f"{path} is not there; expected a {FILE} that `opt shards split` wrote")
     frozen = configuration.from_dict(FrozenSplit, configuration.read_json(path), str(path))
     for part, keys in frozen.keys.items():
-        if part not in HELD_OUT or keys_sha256(keys) != frozen.sha256.get(part) or len(set(keys)) != len(keys):
+        if part not in HELD_OUT or _hash_of_file(keys) != frozen.sha256.get(part) or len(set(keys)) != len(keys):
             raise UserError(f"{path}: the keys of {part!r} are not those that were written, their SHA-256 differs; "
                             "copy the file anew")
+    if twice := set(frozen.keys.get("test", ())).intersection(frozen.keys.get("val", ())):
+        raise UserError(f"{path}: {min(twice)!r} is both in test and in val; copy the file anew")
+    if not _is_name(frozen.name):
+        raise UserError(f"{path}: name {frozen.name!r} is no name; copy the file anew")
     if not frozen.keys.get("test"):
         raise UserError(f"{path} names no test keys; expected a {FILE} that `opt shards split` wrote")
     return frozen
+
+
+def _hash_of_file(keys: Iterable[str]) -> str:
+    """`keys_sha256`, or nothing for what no record can be called."""
+    try:
+        return keys_sha256(keys)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return ""
+
+
+def _is_name(name: str) -> bool:
+    return bool(name.strip()) and len(name.splitlines()) == 1
 
 
 def _check(config: SplitConfig) -> None:
@@ -126,7 +142,7 @@ def _check(config: SplitConfig) -> None:
     for name, least in (("test", 1), ("val", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)} must be at least {least}")
-    if not config.name.strip() or len(config.name.splitlines()) > 1:
+    if not _is_name(config.name):
         raise UserError(f"--name {config.name!r} is no name; give a word such as openimages-5k")
     usual = SplitConfig(config.folder, config.out)
     if config.file is not None:
@@ -189,6 +205,9 @@ def _given(config: SplitConfig, reader: ShardReader, listed: Sequence[Sequence[s
     frozen = read_split(config.file)
     there = {key for keys in listed for key in keys}
     missing = [key for keys in frozen.keys.values() for key in keys if key not in there]
+    if there.isdisjoint(frozen.keys["test"]):
+        raise UserError(f"{config.folder} has none of the {len(frozen.keys['test']):,} test keys of {config.file}, such "
+                        f"as {frozen.keys['test'][0]!r}: it is of another corpus, for which --name makes a new split")
     if missing and not config.incomplete:
         failed = {failure.key for failure in reader.manifest.failures}.intersection(missing)
         raise UserError(f"{config.folder} lacks {len(missing):,} of {sum(map(len, frozen.keys.values())):,} keys of "

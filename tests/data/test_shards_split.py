@@ -168,3 +168,21 @@ def test_an_edited_split_is_refused(folder: Path, tmp_path: Path) -> None:
         split(SplitConfig(folder, tmp_path / "again", file=path))
     with pytest.raises(UserError, match="is not there"):
         split(SplitConfig(folder, tmp_path / "again", file=tmp_path / "none.json"))
+
+
+def test_a_file_that_is_no_split_is_refused(folder: Path, tmp_path: Path) -> None:
+    split(SplitConfig(folder, tmp_path / "out", test=5, val=2))
+    whole = json.loads((tmp_path / "out" / FILE).read_text())
+    both = {"test": whole["keys"]["test"], "val": whole["keys"]["test"][:2]}
+    for change, said in (
+        ({"keys": both, "sha256": {part: keys_sha256(keys) for part, keys in both.items()}}, "both in test and in val"),
+        ({"name": "two\nlines"}, "is no name"),
+        ({"keys": {"test": ["\ud800"]}}, "not those that were written"),
+    ):
+        (tmp_path / "split.json").write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=said):
+            read_split(tmp_path / "split.json")
+    write_folder(tmp_path / "strangers", [[full_record(f"new{number}", number) for number in range(4)]])
+    with pytest.raises(UserError, match="has none of the 5 test keys"):
+        split(SplitConfig(tmp_path / "strangers", tmp_path / "no", file=tmp_path / "out" / FILE, incomplete=True))
+    assert not (tmp_path / "no").exists()
