@@ -206,8 +206,8 @@ def _given(config: SplitConfig, reader: ShardReader, listed: Sequence[Sequence[s
     there = {key for keys in listed for key in keys}
     missing = [key for keys in frozen.keys.values() for key in keys if key not in there]
     if there.isdisjoint(frozen.keys["test"]):
-        raise UserError(f"{config.folder} has none of the {len(frozen.keys['test']):,} test keys of {config.file}, such "
-                        f"as {frozen.keys['test'][0]!r}: it is of another corpus, for which --name makes a new split")
+        raise UserError(f"{config.folder} has none of the {len(frozen.keys['test']):,} test keys of {config.file}, "
+                        f"such as {frozen.keys['test'][0]!r}: it is of another corpus; --name makes a new split of it")
     if missing and not config.incomplete:
         failed = {failure.key for failure in reader.manifest.failures}.intersection(missing)
         raise UserError(f"{config.folder} lacks {len(missing):,} of {sum(map(len, frozen.keys.values())):,} keys of "
