@@ -72,6 +72,8 @@ class Judging:
 def text_to_image(config: TextToImageConfig) -> None:
     """Draw pictures from captions, and judge them: named objects found, FID and KID, R-precision, CLIPScore.
 
+    Beside the result: text_to_image/sheet-001.png and on, each caption with its drawn and its true pictures.
+
     Example: opt eval text-to-image runs/demo/model runs/demo/shards/test --sampling.top-k 32
     """
     _check(config)

@@ -29,11 +29,14 @@ class NLVR2Config(EvalConfig):
     """Options of `opt eval nlvr2`."""
 
     statements: Path | None = None
-    """Lines {"image_ids": [left, right], "question": sentence, "answers": ["true" or "false"]}; needed."""
+    """Lines {"image_ids": [left, right], "question": sentence, "answers": ["true" or "false"], "set": the
+    sentence's name}, the last one optional; needed."""
 
 
 def nlvr2(config: NLVR2Config) -> None:
     """Tell true sentences about two pictures from false ones, with a model that `opt finetune nlvr2` tuned for that.
+
+    Beside the result: nlvr2_answers.jsonl, every verdict.
 
     Example: opt eval nlvr2 runs/nlvr2/model runs/demo/shards/test --statements runs/demo/scenes/test_statements.jsonl
     """

@@ -30,7 +30,7 @@ WAY_OUT = "give the folder of a run, and run `opt eval ...` on its model first"
 class ReportConfig:
     """Options of `opt report`."""
 
-    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN")] = ()
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN [RUN ...]")] = ()
     """Folders of runs, such as runs/demo: each holds results/ and, of training, metrics.jsonl and config.json."""
     out: Path | None = None
     """The page to write: by default report.html in the folder of the one run, comparison.html here for several."""

@@ -67,7 +67,9 @@ class TranscribeConfig(EvalConfig):
 
 
 def transcribe(config: TranscribeConfig) -> None:
-    """Write down what is said, from the recording alone and with its picture: word error rate.
+    """Write down what is said, from the recording alone and with its picture: word and character error rates.
+
+    Beside the result: transcripts.jsonl, every one as written, and confusions.json, which words were taken for which.
 
     Example: opt eval transcribe runs/demo/model runs/demo/shards/test
     """

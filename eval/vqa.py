@@ -68,6 +68,9 @@ class Ranked:
 def vqa(config: VQAConfig) -> None:
     """Answer questions about pictures, with a model that `opt finetune` tuned for them: VQA accuracy.
 
+    A model tuned for vqa-classes answers from its list, one for vqa-words in words, or with --rank-answers-of by the
+    likeliest of given answers. Beside the result: vqa_answers.jsonl, every answer.
+
     Example: opt eval vqa runs/vqa/model runs/demo/shards/test --questions runs/demo/scenes/test_questions.jsonl
     """
     if config.questions is None:

@@ -50,8 +50,8 @@ class FinetuneConfig:
     ]]
     """captioning: write captions of pictures. retrieval-margin: rank true pairs of text and picture above false ones.
     retrieval-in-batch: find text, picture and speech from each other. retrieval-hard: the same, and matching learns
-    from the pairs that this mistakes. vqa-classes: answer questions from a list.
-    vqa-words: answer questions in words. nlvr2: tell true sentences about two pictures from false ones."""
+    from the pairs that this mistakes, which is what retrieval in two stages wants. vqa-classes: answer questions from a
+    list. vqa-words: answer questions in words. nlvr2: tell true sentences about two pictures from false ones."""
     model: Path
     """Folder of a saved model, such as runs/demo/model."""
     shards: Path

@@ -65,7 +65,8 @@ class SearchConfig:
 def search(config: SearchConfig) -> None:
     """Look for what is nearest to your own words, picture or recording; several of each are several queries.
 
-    Text with a recording, or a picture, is one query of both. Equal similarities stand in the order of the index.
+    Text with a recording, or a picture, is one query of both. Similarity is the cosine, -1 to 1; equals stand in the
+    order of the index. With --rerank, matching is the log-odds that query and entry belong together.
 
     Examples, pictures by words, captions by a picture, pictures by words and speech, and a page of the first 20:
 
@@ -103,6 +104,7 @@ def search(config: SearchConfig) -> None:
         lines = {number: {"for": sought, "found": [_line(rank, one) for rank, one in enumerate(found, start=1)]}
                  for number, found in answers.items()}
         write_lines(config.out, inputs, lines, failed)
+        print(f"lines: {config.out}")
     refuse_unusable(inputs, failed)
 
 
