@@ -23,6 +23,9 @@ from opt.config import UserError, extra
 NORMALISER = "lower-case, no punctuation, single spaces"
 AS_WRITTEN = "none: as written, single spaces"
 WHISPER_PACKAGE = "whisper-normalizer"
+LONG_NUMBER = re.compile(r"([\d,.]{2000})(?=[\d,.])")
+"""Where numbers are cut for Whisper's rules, which end with an error at one that Python does not convert: 4,300 digits.
+"""
 
 
 def normalise(text: str) -> str:
@@ -52,7 +55,7 @@ def whisper_normaliser() -> tuple[str, Callable[[str], str]]:
     rules = EnglishTextNormalizer(spellings)
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", WHISPER_PACKAGE)]
     label = f"Whisper's English rules ({versions[0]}) with its {len(spellings):,} spellings ({versions[1]})"
-    return label, lambda text: rules(text).strip()
+    return label, lambda text: rules(LONG_NUMBER.sub(r"\1 ", text)).strip()
 
 
 class Edit(NamedTuple):

@@ -100,3 +100,10 @@ def test_without_its_table_whispers_normaliser_says_how_to_get_it(monkeypatch):
 def test_word_f1_counts_words_once_and_takes_the_best_reference():
     assert words.word_f1("a red red dog", ["a red cat", "blue"]) == pytest.approx(2 * 2 / 7)
     assert words.word_f1("", ["a"]) == 0.0
+
+
+def test_numbers_too_long_to_convert_end_no_evaluation():
+    rules = words.whisper_normaliser()[1]
+    for text in ("1" * 9000, "12," * 5000, "1" * 5000 + "." + "1" * 5000):
+        assert rules(text).replace(" ", "").startswith(text[:1])
+    assert rules("1" * 1900) == "1" * 1900
