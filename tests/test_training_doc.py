@@ -28,7 +28,7 @@ def test_every_command_has_options_that_exist() -> None:
         assert words[0] in ("opt", "torchrun")
         words = words[words.index("opt") + 1 :]
         config = cli._parse(cli._function(cli.VERBS[words[0]]), f"opt {words[0]}", words[1:])
-        assert getattr(config, "out", None) or config.run
+        assert getattr(config, "out", None) or config.runs
 
 
 def test_links_lead_somewhere() -> None:
