@@ -94,9 +94,10 @@ class Searches:
         return _joined(found)
 
     def two_stage(self, given: Modalities, sought: Modalities, search: Search) -> Search:
-        """The first `rerank` by alignment, ordered again by matching alone."""
+        """The first `rerank` by alignment, ordered again by matching alone; what is not among them stands below."""
         first = search.first[:, : self.rerank]
-        return search._replace(ranks=self.matching.among_first(given, sought, search.queries, first, search.ranks))
+        below_Q = np.maximum(search.ranks, first.shape[1] + 1)  # FAISS, or a tie at the cut, may have left it out
+        return search._replace(ranks=self.matching.among_first(given, sought, search.queries, first, below_Q))
 
     def all_pairs(self, given: Modalities, sought: Modalities) -> Search:
         """Every candidate by matching."""

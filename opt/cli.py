@@ -46,7 +46,7 @@ VERBS = {
     "shards export": Verb("opt.data.export:export", "shards to another format: webdataset"),
     "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
-    "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions or questions"),
+    "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions, questions or statements"),
     "generate": Verb("eval.generate:generate", "describe, transcribe or draw from your own files"),
     "index": Verb("eval.lookup.index:index", "pictures, captions and recordings as vectors, to search in"),
     "search": Verb("eval.lookup.search:search", "what is nearest to your words, picture or recording in an index"),
@@ -59,7 +59,7 @@ VERBS = {
     "eval classify": Verb(
         "eval.classification:classify", "linear probe for each subset of modalities: average precision"
     ),
-    "report": Verb("eval.report:report", "one page from a run: tables, curves, pictures"),
+    "report": Verb("eval.report:report", "one page from a run, or several side by side: tables, plots, pictures"),
     "demo": Verb("opt.demo:demo", "all of the above on spoken scenes, from nothing to the report"),
 }
 

@@ -50,7 +50,7 @@ class SplitConfig:
     """Records held out for testing."""
     val: int = 0
     """Records held out for choosing settings."""
-    name: str = "split-5k"
+    name: str = "split"
     """Name of the split in results, such as openimages-5k. Another name chooses other records."""
     require: tuple[Modality, ...] = ()
     """What a record must have to be held out; left out, all that the folder has: text, image, audio."""

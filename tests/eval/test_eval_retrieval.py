@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import matching
+from eval import matching, searches
 from eval.result import read_result
 from eval.retrieval import DIRECTIONS, RetrievalConfig, measure, retrieval
 from opt.config import UserError
@@ -89,6 +89,17 @@ def test_faiss_that_looks_at_everything_finds_the_same_first(make_task):
     assert values(metrics) == values(exact)
     notes = {metric.name: metric.note for metric in metrics}
     assert notes["retrieval.text_to_image.r1_two_stage"].startswith("first stage by FAISS, Flat; ")
+
+
+def test_what_the_first_stage_leaves_out_is_no_hit(make_task, monkeypatch):
+    def blind(query_QE, candidate_CE, k, factory):
+        return np.tile(np.arange(len(candidate_CE))[-k:], (len(query_QE), 1))  # whatever is asked, the last ones
+
+    monkeypatch.setattr(searches, "first_k", blind)
+    found = values(measure(make_task((12, 1)), config(rerank=5, faiss="Flat"))[0])
+    assert found["retrieval.text_to_image.r1"] == 1.0
+    for depth in (1, 5):
+        assert found[f"retrieval.text_to_image.r{depth}_two_stage"] == pytest.approx(5 / 12)
 
 
 def test_three_modalities_are_fused_when_two_are_given(make_task):
