@@ -10,7 +10,7 @@ right. Pairs belong together by their line's `set`, and by the words of the sent
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,14 @@ def nlvr2(config: NLVR2Config) -> None:
 def measure(task: Task) -> Findings:
     """Accuracy and consistency, the first statements, and the sentences that were judged wrong most often.
 
-    Raises UserError where an answer is neither true nor false.
+    Raises UserError where an answer is neither true nor false, or two answers are both.
     """
     asked = answered(task, task.system.answer, "judge statements")
     judged = np.array([bool(sample.answers) for sample in asked.samples])
     if not judged.any():
         return Findings([], dict.fromkeys(("nlvr2.accuracy", "nlvr2.consistency"), "no statement has an answer"))
     numbers = np.flatnonzero(judged).tolist()
-    truth = np.array([_truth(asked.samples[number].answers[0], asked.lines[number]) for number in numbers])
+    truth = np.array([_truth(asked.samples[number].answers, asked.lines[number]) for number in numbers])
     said = np.array([normalise(asked.answers[number]) for number in numbers])
     right, sets = said == truth, _sets(task, asked, numbers)
     majority = Counter(truth.tolist()).most_common(1)[0][0]
@@ -79,12 +79,14 @@ def measure(task: Task) -> Findings:
     return Findings(metrics, {}, examples, _worst(task, asked, numbers, right, sets))
 
 
-def _truth(answer: str, line: Mapping[str, Any]) -> str:
-    plain = normalise(answer)
-    if plain not in TRUTHS:
-        raise UserError(f"the statement {line['question']!r:.80} is answered by {answer!r:.40}, not true or false; "
-                        "`opt eval vqa` takes questions with other answers")
-    return plain
+def _truth(answers: Sequence[str], line: Mapping[str, Any]) -> str:
+    for answer in answers:
+        if normalise(answer) not in TRUTHS:
+            raise UserError(f"the statement {line['question']!r:.80} is answered by {answer!r:.40}, not true or false; "
+                            "`opt eval vqa` takes questions with other answers")
+    if len(given := {normalise(answer) for answer in answers}) > 1:
+        raise UserError(f"the statement {line['question']!r:.80} is answered by both true and false; give one answer")
+    return given.pop()
 
 
 def _sets(task: Task, asked: Asked, numbers: list[int]) -> np.ndarray:

@@ -80,11 +80,15 @@ class Gallery:
         return self.decoder(codes_88[None].astype(np.int64))[0]
 
     def show(self, judges: Sequence[Judge], extractor: RegionExtractor | None) -> None:
-        """Let the judges look at every picture once, each seen by the region extractor once."""
+        """Let the judges look at every picture once, each seen by the region extractor once.
+
+        In the order of keys: what a judge draws or halves is the same, whatever the order of the shards.
+        """
+        ordered = sorted(self.drawn, key=self.task.split.keys.__getitem__)
         for kind, words in KINDS.items():
             with progress(f"look at {words}", total=len(self.drawn), unit="pictures") as bar:
-                for first in range(0, len(self.drawn), self.task.batch):
-                    numbers = list(self.drawn)[first : first + self.task.batch]
+                for first in range(0, len(ordered), self.task.batch):
+                    numbers = ordered[first : first + self.task.batch]
                     seen = list(self._seen(kind, numbers, extractor))
                     for judge in judges if seen else ():
                         judge.look(kind, seen)

@@ -83,6 +83,9 @@ def test_other_answers_and_no_answers_are_said(task, tmp_path: Path) -> None:
     reader.questions[0] = reader.questions[0]._replace(answers=("red",))
     with pytest.raises(UserError, match="'both red' is answered by 'red', not true or false"):
         nlvr2.measure(task)
+    reader.questions[0] = reader.questions[0]._replace(answers=("True", "false"))
+    with pytest.raises(UserError, match="'both red' is answered by both true and false"):
+        nlvr2.measure(task)
     reader.questions = [question._replace(answers=()) for question in reader.questions]
     findings = nlvr2.measure(task)
     assert not findings.metrics and set(findings.absent) == {"nlvr2.accuracy", "nlvr2.consistency"}

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from workshop import make_workshop
 
 from eval import image_generation
 from eval.image_generation import Judging, TextToImageConfig, measure
+from eval.pictures.gallery import REAL, Gallery
 from eval.pictures.networks import open_networks
 from eval.pictures.sheets import wrapped, write_sheets
 from eval.result import read_result
@@ -264,3 +266,14 @@ def test_a_model_on_extracted_shards_is_judged_from_the_command_line(tmp_path, c
     capsys.readouterr()
     assert main([*command, "--fid-network", "nonsense"]) == 2
     assert "--fid-network nonsense: expected tiny or inception:FILE" in capsys.readouterr().err
+
+
+def test_judges_see_pictures_by_key_whatever_the_order_of_the_shards(make_task):
+    samples = samples_of(make_task, 5)
+    for some in (samples, samples[::-1], samples[2:] + samples[:2]):
+        task, looked = make_task(some, batch=2), []
+        judge = SimpleNamespace(look=lambda kind, seen, task=task, looked=looked: looked.extend(
+            task.split.keys[one.number] for one in seen if kind == REAL))
+        drawn = {number: np.zeros((8, 8), np.int64) for number in range(5)}
+        Gallery(task, drawn, decode).show([judge], None)
+        assert looked == [f"scene-{number}" for number in range(5)]
