@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from os.path import normpath
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -208,7 +209,7 @@ def open_task(name: str, verb: str, config: EvalConfig) -> Task:
     split = open_split(config.shards, config.limit, system)
     command = _command(verb, config)
     provenance = provenance_of(config.model, system, split.reader, split.keys, config.seed, command)
-    folder = config.out or config.model.parent / "results"
+    folder = config.out or Path(normpath(config.model / ".." / "results"))  # the model may be called "."
     make_folder(folder)
     return Task(name, system, split, folder, config.batch, provenance, began)
 

@@ -88,3 +88,11 @@ def test_what_is_not_finite_is_no_hit(make_task, monkeypatch, broken):
     monkeypatch.setattr(task.system, broken, lambda *given: sound(*given) * float("nan"))
     with pytest.raises(UserError, match="no finite number for scene-0"):
         measure(task, RetrievalConfig(Path("model"), Path("shards")))
+
+
+@pytest.mark.parametrize("named", [".", "../model", "../shards/../model", "../model/"])
+def test_results_lie_beside_the_model_however_it_is_named(folders, monkeypatch, named):
+    model, shards = folders
+    monkeypatch.chdir(model)
+    folder = open_task("caption", "caption", EvalConfig(Path(named), shards)).folder
+    assert folder.resolve() == (model.parent / "results").resolve()
