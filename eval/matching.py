@@ -41,26 +41,26 @@ class Matching:
 
     def among_first(
         self, given: Sequence[str], sought: Sequence[str], queries: np.ndarray, found_Qk: np.ndarray,
-        otherwise_Q: np.ndarray,
+        beside_Qk: np.ndarray | float, otherwise_Q: np.ndarray,
     ) -> np.ndarray:  # fmt: skip
-        """Ranks (Q,) when the first k candidates are ordered by matching alone; where no positive is among them, the
-        rank is `otherwise_Q`, below those. `queries` (Q,) and `found_Qk` (Q, k) are sample numbers."""
+        """Ranks (Q,) when the first k candidates are ordered by matching, `beside_Qk` added to its log-odds; where no
+        positive is among them, the rank is `otherwise_Q`. `queries` (Q,) and `found_Qk` (Q, k) are sample numbers."""
         groups = self.task.split.groups
         pairs_P2 = np.stack([np.repeat(queries, found_Qk.shape[1]), found_Qk.ravel()], axis=1)
         scores_Qk = self.scores(given, sought, pairs_P2).reshape(found_Qk.shape)
-        rank_Q = ranks(scores_Qk, groups[found_Qk] == groups[queries, None], TIE)
+        rank_Q = ranks(scores_Qk + beside_Qk, groups[found_Qk] == groups[queries, None], TIE)
         return np.where(np.isfinite(rank_Q), rank_Q, otherwise_Q)
 
-    def among_all(
-        self, given: Sequence[str], sought: Sequence[str], queries: np.ndarray, candidates: np.ndarray
-    ) -> np.ndarray:
-        """Ranks (Q,) when every pair is scored. Raises UserError where that would be more than MOST_PAIRS pairs."""
+    @staticmethod
+    def require_few(
+        given: Sequence[str], sought: Sequence[str], queries: np.ndarray, candidates: np.ndarray
+    ) -> None:
+        """Raises UserError where scoring every pair would be more than MOST_PAIRS."""
         if (count := len(queries) * len(candidates)) > MOST_PAIRS:
             raise UserError(
                 f"--by all-pairs would fuse {count:,} pairs of {' + '.join(given)} and {' + '.join(sought)}, and "
                 f"{MOST_PAIRS:,} is the most: give --by two-stage, or fewer samples by --limit"
             )
-        return self.among_first(given, sought, queries, np.tile(candidates, (len(queries), 1)), np.empty(len(queries)))
 
     def scores(self, given: Sequence[str], sought: Sequence[str], pairs_P2: np.ndarray) -> np.ndarray:
         """Log-odds (P,) float32 that each query (first column, its `given`) and candidate (`sought`) match."""

@@ -23,7 +23,7 @@ from opt.systems.system import MODALITIES
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT_SHARE = 0.2
-STEPS = 100
+STEPS = 400
 
 
 class Score(NamedTuple):

@@ -214,7 +214,10 @@ def _note(setting: Searches, config: RetrievalConfig, way: str, search: Search) 
     pairs = {"two-stage": min(setting.rerank, search.first.shape[1]), "all-pairs": len(search.candidates) // folds}
     passes = f"{queries * pairs[way]:,} fusion passes" if way in pairs else ""
     first = f"first stage by FAISS, {config.faiss}" if way == "two-stage" and config.faiss else ""
-    return "; ".join(part for part in (config.protocol, first, passes) if part)
+    weight = setting.task.system.cosine_weight
+    scored = f"pairs by log-odds of matching + {weight:.3g} x cosine" if weight else "pairs by log-odds of matching"
+    parts = (config.protocol, first, scored if way in pairs else "", passes)
+    return "; ".join(part for part in parts if part)
 
 
 def _gains(task: Task, both: Search, text: Search) -> list[Metric]:

@@ -94,18 +94,34 @@ class Searches:
         return _joined(found)
 
     def two_stage(self, given: Modalities, sought: Modalities, search: Search) -> Search:
-        """The first `rerank` by alignment, ordered again by matching alone; what is not among them stands below."""
+        """The first `rerank` by alignment, ordered again by pairs; what is not among them stands below."""
         first = search.first[:, : self.rerank]
         below_Q = np.maximum(search.ranks, first.shape[1] + 1)  # FAISS, or a tie at the cut, may have left it out
-        return search._replace(ranks=self.matching.among_first(given, sought, search.queries, first, below_Q))
+        return search._replace(ranks=self._by_pairs(given, sought, search.queries, first, below_Q))
 
     def all_pairs(self, given: Modalities, sought: Modalities) -> Search:
-        """Every candidate by matching."""
+        """Every candidate by its pair. Raises UserError where these are too many."""
         queries, candidates, found = self.members(given), self.members(sought), []
         for asked, offered in self.pairs(given, sought):
-            ranks = self.matching.among_all(given, sought, queries[asked], candidates[offered])
+            self.matching.require_few(given, sought, asked, offered)
+            every = np.tile(candidates[offered], (len(asked), 1))
+            ranks = self._by_pairs(given, sought, queries[asked], every, np.full(len(asked), np.inf))
             found.append(Search(queries[asked], candidates[offered], ranks, np.empty((len(asked), 0), np.int64)))
         return _joined(found)
+
+    def _by_pairs(
+        self, given: Modalities, sought: Modalities, queries: np.ndarray, found_Qk: np.ndarray, otherwise_Q: np.ndarray
+    ) -> np.ndarray:
+        """Ranks (Q,) among `found_Qk` by the log-odds of matching, and the cosine as far as the system weighs it."""
+        beside_Qk: np.ndarray | float = 0.0
+        if weight := self.task.system.cosine_weight:
+            query_QE = self.embed(given)[np.searchsorted(self.members(given), queries)]
+            places_Qk = np.searchsorted(self.members(sought), found_Qk)
+            candidate_CE = self.embed(sought)
+            beside_Qk = weight * np.stack([
+                candidate_CE[places_k] @ query_E for places_k, query_E in zip(places_Qk, query_QE, strict=True)
+            ])  # fmt: skip
+        return self.matching.among_first(given, sought, queries, found_Qk, beside_Qk, otherwise_Q)
 
 
 def _joined(searches: Sequence[Search]) -> Search:

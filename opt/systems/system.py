@@ -213,6 +213,12 @@ class System(nn.Module):
         named. Each costs one fusion pass."""
         raise self._cannot("match")
 
+    @property
+    def cosine_weight(self) -> float:
+        """What a cosine of `embed` counts beside the log-odds of `fuse` where candidates are ordered by both: 0, they
+        are ordered by matching alone (ALBEF, section 4); what they were trained at, the two add up (as in BLIP)."""
+        return 0.0
+
     def score(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
         """Log-odds (B,) float32 that the named parts of each sample belong together."""
         own = np.arange(len(samples))

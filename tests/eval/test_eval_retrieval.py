@@ -91,6 +91,19 @@ def test_faiss_that_looks_at_everything_finds_the_same_first(make_task):
     assert notes["retrieval.text_to_image.r1_two_stage"].startswith("first stage by FAISS, Flat; ")
 
 
+def test_cosines_count_beside_matching_as_far_as_the_system_weighs_them(make_task, monkeypatch):
+    task = make_task((8, 1))
+    monkeypatch.setattr(type(task.system), "fuse", lambda self, parts, rows: torch.zeros(len(rows["text"])))
+    options = dict(by=("two-stage", "all-pairs"), rerank=8)
+    found = values(measure(task, config(**options))[0])
+    assert found["retrieval.text_to_image.r1_two_stage"] == found["retrieval.text_to_image.r1_all_pairs"] == 0.0
+    monkeypatch.setattr(type(task.system), "cosine_weight", 2.5)
+    metrics = {metric.name: metric for metric in measure(task, config(**options))[0]}
+    for way in ("two_stage", "all_pairs"):
+        assert metrics[f"retrieval.text_to_image.r1_{way}"].value == 1.0
+        assert "pairs by log-odds of matching + 2.5 x cosine" in metrics[f"retrieval.text_to_image.r1_{way}"].note
+
+
 def test_what_the_first_stage_leaves_out_is_no_hit(make_task, monkeypatch):
     def blind(query_QE, candidate_CE, k, factory):
         return np.tile(np.arange(len(candidate_CE))[-k:], (len(query_QE), 1))  # whatever is asked, the last ones

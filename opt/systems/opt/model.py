@@ -235,6 +235,11 @@ class OPT(System):
         """The matching head's logit for "all match"."""
         return self._matched({name: parts[name].take(rows[name]) for name in parts})[:, ALL_MATCH].float()
 
+    @property
+    def cosine_weight(self) -> float:
+        """1 / temperature: the logit of the contrast, a log-likelihood as matching's is."""
+        return 0.0 if self.temperature is None else float(self.temperature().detach())
+
     def _matched(self, parts: Mapping[str, States]) -> Tensor:
         """Five logits (P, 5) for each sample of all parts, side by side through the encoder."""
         ordered = [parts[name] for name in MODALITIES if name in parts]
