@@ -83,7 +83,7 @@ class Matching:
         chosen = {name: column for side, column in zip(sides, (first, second), strict=True) for name in side}
         kept = {name: self._alone(name, column) for name, column in chosen.items()}
         label = f"match {' + '.join(name for name in MODALITIES if name in chosen)}"
-        scores, size = [], PAIRS_A_CALL * self.task.batch
+        scores, size = np.empty(len(first), np.float32), PAIRS_A_CALL * self.task.batch  # pieces would hold memory open
         with progress(label, total=len(first), unit="pairs") as bar:
             for start in range(0, len(first), size):
                 rows = {
@@ -91,12 +91,12 @@ class Matching:
                     for name, column in chosen.items()
                 }
                 parts = {name: states for name, (_, states) in kept.items()}
-                scores.append(self.task.system.fuse(parts, rows).float().cpu().numpy())
-                keys = [self.task.split.keys[number] for number in first[start : start + size]]
-                require_finite(scores[-1], keys, label)
-                bar.advance(len(scores[-1]))
+                found = self.task.system.fuse(parts, rows).float().cpu().numpy()
+                require_finite(found, [self.task.split.keys[number] for number in first[start : start + size]], label)
+                scores[start : start + size] = found
+                bar.advance(len(found))
         self.fusion_passes += len(first)
-        return np.concatenate(scores)
+        return scores
 
     def _alone(self, modality: str, numbers: np.ndarray) -> tuple[np.ndarray, States]:
         """Sample numbers in ascending order with their states, at least `numbers`; each is computed once."""
