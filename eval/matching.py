@@ -21,7 +21,7 @@ from opt.systems.system import MODALITIES
 
 TIE = 1e-4
 """Log-odds closer than this are equal: the same pair in another batch differs in its last bits."""
-PAIRS_A_CALL = 8
+PAIRS_A_CALL = 2
 """Pairs in one call of the model, times `--batch`: they are short."""
 MOST_PAIRS = 25_000_000
 """Most pairs of all queries with all candidates that are begun at all."""
