@@ -51,7 +51,7 @@ class SearchConfig:
     top: int = 10
     """How many to show."""
     rerank: int = 0
-    """Order the first so many anew by the model's matching score, which reads both together; 0 for none."""
+    """Order the first so many anew by matching, which reads query and entry together, and similarity; 0 for none."""
     page: Path | None = None
     """Also write an HTML page with the pictures to this file."""
     out: Path | None = None
@@ -66,7 +66,8 @@ def search(config: SearchConfig) -> None:
     """Look for what is nearest to your own words, picture or recording; several of each are several queries.
 
     Text with a recording, or a picture, is one query of both. Similarity is the cosine, -1 to 1; equals stand in the
-    order of the index. With --rerank, matching is the log-odds that query and entry belong together.
+    order of the index. With --rerank, matching is the log-odds that query and entry belong together; models trained for
+    both order by log-odds + similarity / temperature, as `opt eval retrieval` does in two stages.
 
     Examples, pictures by words, captions by a picture, pictures by words and speech, and a page of the first 20:
 
@@ -181,7 +182,8 @@ def _rerank(
     system: System, shards: ShardReader, query: Sample, given: Sequence[str], sought: str, found: list[Found],
     depth: int,
 ) -> list[Found]:
-    """The first `depth` ordered by matching, then the others; equals keep their order."""
+    """The first `depth` ordered by matching, and similarity as far as the system weighs it, then the others; equals
+    keep their order."""
     modalities = tuple(modality for modality in MODALITIES if modality in (*given, sought))
     parts = {modality: query for modality in given}
 
@@ -192,7 +194,8 @@ def _rerank(
     scores = in_batches([partial(load, one) for one in first],
                         lambda some: system.score(some, modalities).float().cpu().tolist(), BATCH, "match")
     matched = [one._replace(matching=score) for one, score in zip(first, scores, strict=True)]
-    return sorted(matched, key=lambda one: -(one.matching or 0.0)) + found[depth:]
+    weight = system.cosine_weight
+    return sorted(matched, key=lambda one: -((one.matching or 0.0) + weight * one.similarity)) + found[depth:]
 
 
 def _same(sample: Sample) -> Sample:

@@ -120,7 +120,7 @@ def test_a_search_from_the_command_line(made, tmp_path, capsys) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 2 + 40 + 1, "all there are"
 
 
-def test_reranking_orders_the_first_by_matching(made, tmp_path) -> None:
+def test_reranking_orders_the_first_by_matching_and_similarity(made, tmp_path) -> None:
     query = fake_sample(5)
     run(search, made / "index", "--text", query.caption, "--rerank", 6, "--top", 9, "--out", tmp_path / "lines.jsonl")
     (line,) = map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())
@@ -129,8 +129,12 @@ def test_reranking_orders_the_first_by_matching(made, tmp_path) -> None:
     number = {key: place for place, key in enumerate(reader.keys())}
     pairs = [compose(text=query, image=reader.sample(number[key])) for key in nearest[:6]]
     scores = dict(zip(nearest, system.score(pairs, ("text", "image")).tolist(), strict=False))
-    assert [one["key"] for one in line["found"]] == [*sorted(nearest[:6], key=lambda key: -scores[key]), *nearest[6:]]
-    assert [one["matching"] for one in line["found"][:6]] == pytest.approx(sorted(scores.values())[::-1], abs=1e-3)
+    cosines = {one["key"]: one["similarity"] for one in line["found"]}
+    assert system.cosine_weight > 1
+    both = {key: score + system.cosine_weight * cosines[key] for key, score in scores.items()}
+    assert [one["key"] for one in line["found"]] == [*sorted(both, key=lambda key: -both[key]), *nearest[6:]]
+    assert [one["matching"] for one in line["found"][:6]] == pytest.approx([scores[key] for key in sorted(
+        both, key=lambda key: -both[key])], abs=1e-3)
     assert all("matching" not in one for one in line["found"][6:])
     run(search, made / "index", "--text", query.caption, "--rerank", 6, "--top", 2, "--out", tmp_path / "lines.jsonl")
     assert json.loads((tmp_path / "lines.jsonl").read_text())["found"] == line["found"][:2], "the best of all six"
