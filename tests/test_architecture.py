@@ -52,5 +52,6 @@ def test_no_large_files_but_the_embedded_networks(tracked: list[Path]):
         assert path.parent == weights or path.stat().st_size <= LARGEST_FILE, path.relative_to(ROOT)
 
 
-def test_no_init_files_in_tests(tracked: list[Path]):
-    assert not [path for path in tracked if path.name == "__init__.py" and (ROOT / "tests") in path.parents]
+def test_folders_of_tests_are_no_packages_but_the_one_that_others_could_hide(tracked: list[Path]):
+    found = [path for path in tracked if path.name == "__init__.py" and (ROOT / "tests") in path.parents]
+    assert found == [ROOT / "tests" / "__init__.py"]
