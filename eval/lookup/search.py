@@ -1,7 +1,7 @@
 """`opt search`: what an index holds that is nearest to one's own words, picture or recording.
 
     --text --image --audio --own_files--> Sample --system.embed--> unit vector --Index.search--> the first entries
-                                                    --rerank: system.score with each of them, from the shards--> order
+                                                    --rerank: system.fuse with each of them, from the shards--> order
 
 A query of several parts is one vector, the mean of theirs. The index says which model made it, and no other answers.
 """
@@ -28,7 +28,7 @@ from opt.config import UserError, read_json
 from opt.data.record import Sample
 from opt.data.shards import ShardReader
 from opt.files import make_folder, write_atomic
-from opt.systems.system import MODALITIES, System, compose
+from opt.systems.system import System
 
 BATCH = 64
 """Queries or pairs in one call of the model."""
@@ -184,15 +184,14 @@ def _rerank(
 ) -> list[Found]:
     """The first `depth` ordered by matching, and similarity as far as the system weighs it, then the others; equals
     keep their order."""
-    modalities = tuple(modality for modality in MODALITIES if modality in (*given, sought))
-    parts = {modality: query for modality in given}
+    asked = {modality: system.alone([query], modality) for modality in given}
 
-    def load(one: Found) -> Sample:
-        return compose(**parts, **{sought: shards.sample(one.entry.sample)})
+    def match(some: list[Sample]) -> list[float]:
+        rows = {**dict.fromkeys(given, np.zeros(len(some), np.int64)), sought: np.arange(len(some))}
+        return system.fuse({**asked, sought: system.alone(some, sought)}, rows).float().cpu().tolist()
 
     first = found[:depth]
-    scores = in_batches([partial(load, one) for one in first],
-                        lambda some: system.score(some, modalities).float().cpu().tolist(), BATCH, "match")
+    scores = in_batches([partial(shards.sample, one.entry.sample) for one in first], match, BATCH, "match")
     matched = [one._replace(matching=score) for one, score in zip(first, scores, strict=True)]
     weight = system.cosine_weight
     return sorted(matched, key=lambda one: -((one.matching or 0.0) + weight * one.similarity)) + found[depth:]
