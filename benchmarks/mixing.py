@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from study import CHECKPOINTS, MODEL, Run, arguments, carry_out, make_data
 
-from eval.metrics import ranks
+from eval.ranking import ranks
 from opt.data.plan import Plan
 from opt.data.shards import ShardReader
 from opt.files import write_atomic
