@@ -1,4 +1,4 @@
-"""The sides of benchmarks/train_step.py and open_clip.py do the same: equal weights give equal states and losses."""
+"""The sides of benchmarks/train_step.py and clip_step.py do the same: equal weights give equal states and losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opt.systems.opt import OPT, OPTConfig
 from opt.systems.system import Progress
 from opt.weights.bert import ENCODER
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind packages: open_clip.py has the name of one
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 baselines = importlib.import_module("baselines")
 clip_model = importlib.import_module("clip_model")
 

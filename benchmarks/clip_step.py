@@ -1,6 +1,6 @@
 """A training step of CLIP out of our blocks against open_clip's own, in one run: images a second.
 
-    python benchmarks/open_clip.py [--quick] [--model ViT-S-32] [--batch 32] [--repeats 7] [--threads 2]
+    python benchmarks/clip_step.py [--quick] [--model ViT-S-32] [--batch 32] [--repeats 7] [--threads 2]
 
 Both sides have the sizes of one of open_clip's configurations (equal numbers of parameters), the same pictures and
 captions, the same precision, fused AdamW, and a contrast of their own: open_clip.CLIP with ClipLoss, clip_model.py with
@@ -20,9 +20,7 @@ import argparse
 import importlib
 import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +45,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the JSON line says."""
-    package, device = _open_clip(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    package, device = importlib.import_module("open_clip"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = package.get_model_config(options.model)
     torch.manual_seed(0)
     models = {"ours": like(config).to(device), "open_clip": package.CLIP(**config).to(device)}
@@ -126,13 +124,6 @@ def stepper(model: nn.Module, loss: Callable[[Any], Tensor], bfloat16: bool, dev
             scale.clamp_(0.0, math.log(100.0))
 
     return step
-
-
-def _open_clip() -> Any:
-    """The package, which this file, first on the path, has the name of."""
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
-    return importlib.import_module("open_clip")
 
 
 if __name__ == "__main__":
