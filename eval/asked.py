@@ -37,7 +37,7 @@ def open_asked(name: str, config: EvalConfig, questions: Path) -> Task:
     reader = Questions(task.split.reader, questions, answered=False)
     if reader.left_out:
         print(reader.left_out)
-    split = Split(reader, config.limit)
+    split = Split(reader, config.limit, task.split.reading)
     provenance = dataclasses.replace(narrowed(task.provenance, split.keys), split_sha256=reader.fingerprint)
     return dataclasses.replace(task, split=split, provenance=provenance)
 

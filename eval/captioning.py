@@ -59,7 +59,7 @@ def measure(task: Task, config: CaptionConfig) -> Findings:
     split = task.split
     numbers = split.one_a_picture(split.with_all(("image",)))
     if not len(numbers):
-        raise UserError("nothing to describe: the shards hold no picture")
+        raise UserError(f"nothing to describe: {split.reading.absent(('image',))}")
     truth = {} if config.labels is None else read_labels(config.labels)
     labelled = np.array([split.keys[number] in truth for number in numbers])
     if truth and not labelled.any():

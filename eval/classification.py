@@ -101,7 +101,8 @@ def measure(
         for subset, score in raw.items()
     ]
     absent |= {
-        f"classify.map.{'_'.join(subset)}": f"the shards lack {', '.join(sorted(set(subset) - set(exam.modalities)))}"
+        f"classify.map.{'_'.join(subset)}": task.split.reading.absent(
+            [name for name in subset if name not in exam.modalities])
         for subset in SUBSETS
         if subset not in found
     }

@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 
 from eval.image_generation import save_picture
 from eval.own_files import Input, check_outputs, open_extractors, pair, read_samples, refuse_unusable, write_lines
+from eval.reads import reads
 from eval.task import in_batches
 from feature_extract.extractors import Extractors
 from opt.checkpoint import from_pretrained
@@ -75,7 +76,7 @@ def generate(config: GenerateConfig) -> None:
     for path in (config.draw, config.out):
         if path is not None:
             make_folder(path.parent)
-    samples, failed = read_samples(inputs, extractors, system.preparer().jpeg)
+    samples, failed = read_samples(inputs, extractors, reads(system).pixels)
     usable = [number for number in range(len(inputs)) if number in samples]
     chosen = [samples[number] for number in usable]
     lines: dict[int, Any]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.provenance import tiny_networks
+from eval.reads import reads
 from feature_extract.assemble import make_record, read_media
 from feature_extract.extractors import Extractors, reopen
 from feature_extract.sources.item import Item, NarrationItem
@@ -26,7 +27,8 @@ from opt.progress import progress
 from opt.systems.system import System
 
 EXTRACTED = {"image": "regions", "audio": "audio", "codes": "codes"}
-"""Kind of extractor that each modality needs; drawing needs that of codes."""
+"""Kind of extractor that each modality needs; drawing needs that of codes. A system that looks at pixels needs none of
+regions: the picture as extraction stores it is all it reads."""
 NAMED = 3
 """So many inputs that cannot be used are named in the error; --out lists all."""
 
@@ -92,16 +94,14 @@ def check_outputs(outputs: Sequence[Path], files: Sequence[Path]) -> None:
 
 def open_extractors(system: System, given: Sequence[str], drawing: bool = False) -> Extractors:
     """Those that this model was trained with and that are needed. Raises UserError for what it never saw."""
-    facts = system.facts
-    sizes = {"image": facts.region_width, "audio": facts.speech_width, "codes": facts.codebook}
-    wanted = {}
-    for modality in [name for name in given if name != "text"] + ["codes"] * drawing:
-        if not sizes[modality]:
-            raise UserError(
-                "the model was trained without image codes, so it cannot draw: leave --draw out"
-                if modality == "codes" else f"the model was trained without {modality}: leave --{modality} out"
-            )  # fmt: skip
+    facts, reading, wanted = system.facts, reads(system), {}
+    if drawing and not facts.codebook:
+        raise UserError("the model was trained without image codes, so it cannot draw: leave --draw out")
+    needed = [name for name in given if name != "text" and not (name == "image" and reading.pixels)]
+    for modality in needed + ["codes"] * drawing:
         kind = EXTRACTED[modality]
+        if kind not in reading.extractors:
+            raise UserError(f"the model was trained without {modality}: leave --{modality} out")
         if not facts.extractors.get(kind, {}).get("backend"):
             raise UserError(f"the model does not say which extractor its {kind} came from, so files cannot be read "
                             "for it: train it on shards that `opt extract` made")

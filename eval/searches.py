@@ -71,7 +71,7 @@ class Searches:
         queries, candidates = self.members(given), self.members(sought)
         answerable = np.isin(groups[queries], groups[candidates])
         if not answerable.any():
-            raise LookupError(f"the shards hold no {' and '.join(given)} with {' and '.join(sought)}")
+            raise LookupError(self.task.split.reading.absent((*given, *sought)))
         return [
             (np.flatnonzero(answerable & (folds[queries] == fold)), np.flatnonzero(folds[candidates] == fold))
             for fold in np.unique(folds[queries[answerable]])

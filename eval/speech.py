@@ -85,7 +85,8 @@ def measure(task: Task, sampling: Sampling = GREEDY) -> Findings:
     numbers = task.split.with_all(("text", "audio"))
     spoken = np.array([number for number in numbers if normalise(task.split.captions[number] or "")], np.int64)
     if not len(spoken):
-        raise UserError("nothing to transcribe: the shards hold no recording with its words")
+        unread = task.split.reading.unread(("text", "audio"))
+        raise UserError(f"nothing to transcribe: {unread or 'the shards hold no recording with its words'}")
     readings, absent = _readings()
     metrics: list[Metric] = []
     hypotheses: dict[str, dict[int, str]] = {}
@@ -93,7 +94,7 @@ def measure(task: Task, sampling: Sampling = GREEDY) -> Findings:
         some = numbers[task.split.has["image"][numbers]] if "image" in given else numbers
         if not len(some):
             names = [f"transcribe.{rate}{ending}{reading.ending}" for reading in readings for rate in RATES]
-            absent |= dict.fromkeys(names, "the shards hold no picture with speech")
+            absent |= dict.fromkeys(names, task.split.reading.absent(given))
             continue
         hypotheses[ending] = dict(zip(some.tolist(), _transcripts(task, given, some, sampling), strict=True))
         for reading in readings:

@@ -22,6 +22,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from eval.provenance import provenance_of
+from eval.reads import FEATURES, Reads, open_shards, reads
 from eval.result import Findings, Provenance, Result, command_line, results_table, write_result
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
@@ -58,10 +59,10 @@ class EvalConfig:
 
 
 class Split:
-    """Samples of a reader, the first `limit`, and which modalities each of them has."""
+    """Samples of a reader, the first `limit`, and which modalities each of them has for a system that reads so."""
 
-    def __init__(self, reader: ShardReader, limit: int | None = None) -> None:
-        self.reader = reader
+    def __init__(self, reader: ShardReader, limit: int | None = None, reading: Reads = FEATURES) -> None:
+        self.reader, self.reading = reader, reading
         count = len(reader) if limit is None else min(limit, len(reader))
         if limit is not None and limit < 1:
             raise UserError(f"--limit {limit} must be at least 1")
@@ -71,17 +72,17 @@ class Split:
         self.groups = np.unique(self.keys, return_inverse=True)[1]
         """Number of the picture that each sample belongs to, int64 (N,)."""
         sizes = reader.lengths
-        present = {"text": sizes.words > 0, "image": sizes.regions + sizes.codes > 0, "audio": sizes.frames > 0}
-        self.has = {modality: array[:count] for modality, array in present.items()}
+        self.has = {modality: there[:count] for modality, there in reading.present(sizes).items()}
         """Which samples have each modality: bool (N,) by name."""
         captions = reader.captions()
-        self.captions = [next(captions) if there else None for there in self.has["text"]]
+        self.captions = [next(captions) if words else None for words in sizes.words[:count]]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def sample(self, number: int, jpeg: bool = False) -> Sample:
-        return self.reader.sample(number, jpeg=jpeg)
+        """With jpegs where they are asked for, or the system looks at them."""
+        return self.reader.sample(number, jpeg=jpeg or self.reading.pixels)
 
     def with_all(self, modalities: Sequence[str]) -> np.ndarray:
         """Numbers of the samples that have all of `modalities`, in order."""
@@ -230,6 +231,4 @@ def _command(verb: str, config: EvalConfig) -> str:
 
 def open_split(folder: Path, limit: int | None, system: System) -> Split:
     """Open shards for `system`. Raises UserError when they are none, empty, or made by other networks than it reads."""
-    reader = ShardReader(folder)
-    system.facts.require_same(reader.manifest, folder)
-    return Split(reader, limit)
+    return Split(open_shards(folder, system), limit, reads(system))

@@ -23,6 +23,7 @@ from tyro.conf import Positional, arg
 import opt
 from eval.lookup.nearest import approximate, build, empty, exact, open_faiss, save_faiss, share_found
 from eval.lookup.vectors import Entry, Vectors, write_vectors
+from eval.reads import Reads, open_shards, reads
 from eval.task import require_finite
 from opt import config as configuration
 from opt.checkpoint import from_pretrained
@@ -142,9 +143,9 @@ def index(config: IndexConfig) -> None:
     if config.batch < 1:
         raise UserError(f"--batch {config.batch} must be at least 1")
     _check_folder(config.out)
-    system, reader = from_pretrained(config.model), ShardReader(config.shards)
-    system.facts.require_same(reader.manifest, config.shards)
-    numbers = _members(reader, config)
+    system = from_pretrained(config.model)
+    reader = open_shards(config.shards, system)
+    numbers = _members(reader, reads(system), config)
     facts = _begin(config, system, reader, numbers)
     if config.faiss is not None:
         empty(facts.width, config.faiss)  # what it refuses, it refuses before the work
@@ -164,17 +165,17 @@ def index(config: IndexConfig) -> None:
     print(f"index: {config.out}")
 
 
-def _members(reader: ShardReader, config: IndexConfig) -> dict[str, np.ndarray]:
+def _members(reader: ShardReader, reading: Reads, config: IndexConfig) -> dict[str, np.ndarray]:
     """Numbers of the samples to embed, by modality: each caption and recording, and each picture once.
 
-    Raises UserError where the shards lack what is asked for.
+    Raises UserError where the shards lack what is asked for, or the system does not read it.
     """
-    sizes = reader.lengths
-    present = {"text": sizes.words > 0, "image": sizes.regions + sizes.codes > 0, "audio": sizes.frames > 0}
+    present = reading.present(reader.lengths)
     held = {modality: np.flatnonzero(there) for modality, there in present.items() if there.any()}
     for modality in config.modalities:
         if modality not in held:
-            raise UserError(f"{config.shards} holds no {WHAT[modality]}: leave {modality} out of --modalities")
+            reason = reading.unread((modality,)) or f"{config.shards} holds no {WHAT[modality]}"
+            raise UserError(f"{reason}: leave {modality} out of --modalities")
     if not held:
         raise UserError(f"{config.shards} holds nothing to index")
     if "image" in held:
@@ -186,7 +187,7 @@ def _members(reader: ShardReader, config: IndexConfig) -> dict[str, np.ndarray]:
 def _begin(config: IndexConfig, system: System, reader: ShardReader, numbers: dict[str, np.ndarray]) -> IndexFacts:
     """What is known before the work. Raises UserError when the system cannot embed."""
     modality, first = next((modality, int(some[0])) for modality, some in numbers.items())
-    width = system.embed([reader.sample(first)], [modality]).shape[1]
+    width = system.embed([reader.sample(first, jpeg=reads(system).pixels)], [modality]).shape[1]
     return IndexFacts(
         model=str(config.model.resolve()),
         model_sha256=read_json(config.model / "config.json")["sha256"],
@@ -205,9 +206,10 @@ def _embedded(
 ) -> Iterator[tuple[np.ndarray, list[Sample]]]:
     """Vectors (B, E) float32 of the samples, a batch at a time, and the samples. Raises UserError for one that is none.
     """
+    jpeg = reads(system).pixels
     with torch.inference_mode(), progress(f"embed {WHAT[modality]}", total=len(numbers), unit="samples") as bar:
         for first in range(0, len(numbers), batch):
-            samples = [reader.sample(int(number)) for number in numbers[first : first + batch]]
+            samples = [reader.sample(int(number), jpeg) for number in numbers[first : first + batch]]
             vectors_BE = system.embed(samples, [modality]).float().cpu().numpy()
             require_finite(vectors_BE, [sample.key for sample in samples], f"embed {WHAT[modality]}")
             yield vectors_BE, samples

@@ -22,6 +22,7 @@ from tyro.conf import Positional, arg
 from eval.lookup.index import WHAT, Index, Modality
 from eval.lookup.page import Found, page
 from eval.own_files import Input, check_outputs, open_extractors, pair, read_samples, refuse_unusable, write_lines
+from eval.reads import reads
 from eval.task import in_batches
 from opt.checkpoint import from_pretrained
 from opt.config import UserError, read_json
@@ -84,7 +85,7 @@ def search(config: SearchConfig) -> None:
     sought = _sought(config, given, index)
     shards = _open_shards(config, index) if config.rerank or config.page else None
     system = _open_model(config, index)
-    keep_jpeg = system.preparer().jpeg or config.page is not None
+    keep_jpeg = reads(system).pixels or config.page is not None
     extractors = open_extractors(system, given)
     for path in (config.page, config.out):
         if path is not None:
@@ -191,7 +192,8 @@ def _rerank(
         return system.fuse({**asked, sought: system.alone(some, sought)}, rows).float().cpu().tolist()
 
     first = found[:depth]
-    scores = in_batches([partial(shards.sample, one.entry.sample) for one in first], match, BATCH, "match")
+    jpeg = reads(system).pixels
+    scores = in_batches([partial(shards.sample, one.entry.sample, jpeg) for one in first], match, BATCH, "match")
     matched = [one._replace(matching=score) for one, score in zip(first, scores, strict=True)]
     weight = system.cosine_weight
     return sorted(matched, key=lambda one: -((one.matching or 0.0) + weight * one.similarity)) + found[depth:]

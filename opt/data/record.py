@@ -103,13 +103,14 @@ class Lengths:
     """Sizes of samples in their stored form, one entry a sample: what a system's `cost` turns into tokens.
 
     words: whitespace words and punctuation marks of the caption, a lower estimate of its tokens; 0 when absent.
-    regions, frames, codes: 0 when absent. All int64 (B,).
+    regions, frames, codes: 0 when absent. jpegs: bytes of the stored pictures, 0 when absent. All int64 (B,).
     """
 
     words: np.ndarray
     regions: np.ndarray
     frames: np.ndarray
     codes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    jpegs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.words)

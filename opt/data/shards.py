@@ -192,7 +192,7 @@ class ShardReader:
     def lengths(self) -> Lengths:
         """Stored sizes of every sample, int32 (n,) each. Read from the index files at each call."""
         columns = {name: self.column(name).astype(np.int32) for name in LENGTHS}
-        return Lengths(**columns)
+        return Lengths(**columns, jpegs=self.column("jpeg_size").astype(np.int32))
 
     @property
     def key_hash(self) -> np.ndarray:
