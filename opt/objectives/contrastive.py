@@ -1,6 +1,7 @@
-"""Contrastive alignment of modalities in one space (ours for OPT; CLIP's loss, arXiv 2103.00020, section 2.3).
+"""Contrastive alignment of modalities in one space: among the samples of a batch (ours for OPT; CLIP's loss, arXiv
+2103.00020, section 2.3), or among what a momentum twin said of these and of earlier ones (ALBEF, arXiv 2107.07651).
 
-Shape legend: B samples of this rank, K places for the samples of all ranks, E width of the shared space.
+Shape legend: B samples of this rank, K places for the samples of all ranks, C keys, E width of the shared space.
 """
 
 from __future__ import annotations
@@ -38,3 +39,43 @@ def in_batch(
         backward_BK = (scale * second_BE @ all_first_KE.T).masked_fill(shut_BK, float("-inf"))
     total = F.cross_entropy(forward_BK, own_B, reduction="sum") + F.cross_entropy(backward_BK, own_B, reduction="sum")
     return Term(total / 2, count, weight)
+
+
+def momentum_contrast(
+    first_BE: Tensor, second_BE: Tensor, kept_first_BE: Tensor, kept_second_BE: Tensor,
+    keys_first_CE: Tensor, keys_second_CE: Tensor, both_B: Tensor, has_first_C: Tensor, has_second_C: Tensor,
+    picture_B: Tensor, picture_C: Tensor, scale: Tensor, alpha: float | Tensor, count: Tensor, weight: float = 1.0,
+) -> Term:
+    """Each sample finds its partner among the keys of the other modality, both ways, averaged (Eq. 1, 2 and 6).
+
+    first_BE, second_BE: unit vectors of the model; kept_*: of its twin, for the same samples. keys_*: the twin's, first
+    of the samples of all ranks, then of the ring. both_B bool: samples with both modalities; others add nothing. has_*
+    bool: keys with that modality; others are shut out, and may hold any finite vector. Own samples are among the keys.
+    picture_B, picture_C int64: the target is spread evenly over keys of the own picture, as several captions show it
+    (the authors' fine-tuning). alpha: the share of the target that is what the twin believes instead. scale (1,):
+    1 / temperature; the twin's beliefs teach it nothing.
+    """
+    own_BC = picture_B[:, None] == picture_C
+    with torch.autocast(scale.device.type, enabled=False):
+        forward_B = _distilled(first_BE, kept_first_BE, keys_second_CE, both_B, has_second_C, own_BC, scale, alpha)
+        backward_B = _distilled(second_BE, kept_second_BE, keys_first_CE, both_B, has_first_C, own_BC, scale, alpha)
+    return Term((forward_B + backward_B).masked_fill(~both_B, 0.0).sum() / 2, count, weight)
+
+
+def _distilled(
+    query_BE: Tensor, kept_BE: Tensor, keys_CE: Tensor, asked_B: Tensor, has_C: Tensor, own_BC: Tensor,
+    scale: Tensor, alpha: float | Tensor,
+) -> Tensor:
+    """Cross entropy (B,) of queries among keys against own keys and the twin's beliefs; finite where not asked."""
+    open_BC = has_C & asked_B[:, None]
+    shut_BC = ~has_C & asked_B[:, None]  # nothing is shut to a row that asks nothing, so that its softmax is finite
+
+    def among_keys(vectors_BE: Tensor, scale: Tensor) -> Tensor:
+        logits_BC = scale * vectors_BE.float().masked_fill(~asked_B[:, None], 0.0) @ keys_CE.detach().float().T
+        return logits_BC.masked_fill(shut_BC, float("-inf")).log_softmax(dim=1)
+
+    surprise_BC = -among_keys(query_BE, scale).masked_fill(~open_BC, 0.0)
+    believed_BC = among_keys(kept_BE.detach(), scale.detach()).exp()
+    own_BC = own_BC & open_BC
+    hard_B = surprise_BC.masked_fill(~own_BC, 0.0).sum(dim=1) / own_BC.sum(dim=1).clamp(min=1)
+    return (1 - alpha) * hard_B + alpha * (believed_BC * surprise_BC).sum(dim=1)

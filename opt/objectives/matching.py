@@ -45,6 +45,38 @@ def draw_hard(scores_BC: Tensor, wrong_BC: Tensor) -> Tensor:
     return torch.multinomial(chances_BC, 1).squeeze(1)
 
 
+def draw_negatives(
+    scores_BC: Tensor, wrong_BC: Tensor, key_B: Tensor, key_C: Tensor, salt: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A wrong candidate for each query, the likelier the more right it looks: drawn by the softmax of the scores of a
+    contrast among wrong ones only (ALBEF, arXiv 2107.07651, section 3.2), evenly where all scores are 0.
+
+    wrong_BC bool: candidates of another picture than the query's. key_B, key_C int64: random numbers of queries and
+    candidates; with `salt` they alone decide what is drawn (Gumbel-max), on any number of ranks and in any order.
+    Returns index (B,) int64, and possible (B,) bool: False where no candidate is wrong, and the index says nothing.
+    """
+    if wrong_BC.shape[1] == 0:
+        return torch.zeros_like(key_B), torch.zeros_like(key_B, dtype=torch.bool)
+    pair_BC = _mixed(_mixed(_mixed(key_B) + salt)[:, None] + key_C)
+    uniform_BC = (_shifted(pair_BC, 12).double() + 0.5) / 2**52  # within 0 and 1, and never either
+    noisy_BC = scores_BC.detach().double() - (-uniform_BC.log()).log()
+    return noisy_BC.masked_fill(~wrong_BC, float("-inf")).argmax(dim=1), wrong_BC.any(dim=1)
+
+
+def _mixed(value: Tensor) -> Tensor:
+    """SplitMix64's output function (Steele, Lea, Flood 2014) as in opt/data/plan.py, a bijection of int64; sums and
+    products wrap around."""
+    value = value - 0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        value = (value ^ _shifted(value, shift)) * factor
+    return value
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """The upper 64 - `bits` bits of int64 as a number of at least 0."""
+    return value >> bits & (1 << 64 - bits) - 1
+
+
 def pairs_match(true_P: Tensor, false_N: Tensor, count: Tensor) -> Term:
     """Binary cross-entropy of the log-odds of true and of false pairs (ALBEF, Eq. 4)."""
     logits, target = torch.cat([true_P, false_N]).float(), torch.zeros(len(true_P) + len(false_N), device=true_P.device)
