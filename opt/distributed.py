@@ -2,13 +2,16 @@
 
 Losses and gradients are shares: summed over ranks they are those of one process on all rows. What is summed over ranks
 inside the forward therefore sends every rank the gradients of all. Each collective runs on every rank, in the order of
-the code, also where a rank has nothing to give; none of them waits for the device.
+the code, also where a rank has nothing to give; none of them waits for the device, but `gather_tokens`.
+
+Shape legend: N entries of this rank's sequences end to end, M of all ranks', B sequences of a rank, W ranks, D width.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,6 +60,31 @@ def gather_rows(rows: Tensor, capacity: int, filler: int = 0) -> Tensor:
         return rows
     filled = _pad(rows, 0, capacity - len(rows), filler)
     return sum_with_gradient(_pad(filled, rank() * capacity, (world() - 1 - rank()) * capacity, 0))
+
+
+def gather_tokens(hidden_ND: Tensor, lengths_B: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """The sequences of all ranks end to end by rank, (M, D), and their lengths (W x B,) int64 on the host.
+
+    Every rank has B sequences, of any length; each waits once for its device, to learn the others' lengths. Gradients
+    are exact: own entries get the sum of what all ranks' losses say of them. One process: its own, without waiting.
+    """
+    if world() == 1:
+        return hidden_ND, lengths_B
+    own_B = torch.from_numpy(lengths_B).to(hidden_ND.device)
+    lengths_WB = gather_rows(own_B, len(own_B)).unflatten(0, (world(), len(own_B))).numpy(force=True)
+    entries_W = lengths_WB.sum(axis=1).tolist()
+    filled_WND = gather_rows(hidden_ND, max(entries_W)).unflatten(0, (world(), max(entries_W)))
+    pieces = [filled_ND[:entries] for filled_ND, entries in zip(filled_WND.unbind(), entries_W, strict=True)]
+    return torch.cat(pieces), lengths_WB.reshape(-1)
+
+
+def interleaved(rows: Tensor, parts: int) -> Tensor:
+    """Rows (parts x B, ...) that were dealt by turns and lie part behind part, back in the order they were dealt from.
+
+    As `plan.split` deals them: a micro-batch's rows gathered from all ranks, in `world` parts, come back as the
+    micro-batch; the step's micro-batches one behind the other, in as many parts, come back as the global batch.
+    """
+    return rows.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _pad(rows: Tensor, before: int, after: int, value: int) -> Tensor:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opt.data.batch import Batch
 from opt.data.plan import BatchPlan, row_keys, split
 from opt.data.record import Sample
-from opt.distributed import gather_rows, sum_over_ranks, sum_with_gradient
+from opt.distributed import gather_rows, gather_tokens, interleaved, sum_over_ranks, sum_with_gradient
 from opt.nn.heads import Temperature
 from opt.objectives.term import loss
 from opt.systems.dvae import DVAE, DVAEConfig
@@ -191,6 +191,32 @@ def gathering(rank: int, world: int) -> dict[str, Tensor]:
             f"{rank} numbers": numbers}
 
 
+LENGTHS = {"uneven": ((2, 0, 3), (1, 1, 4)), "one has none": ((0, 0), (2, 1)), "none": ((0,), (0,))}
+"""Tokens of the sequences of the first and of the second process."""
+
+
+def sequences(rank: int, name: str) -> tuple[Tensor, np.ndarray]:
+    lengths = np.array(LENGTHS[name][rank])
+    return (torch.arange(3.0 * lengths.sum()).reshape(-1, 3) + 100 * rank).requires_grad_(), lengths
+
+
+def judged(hidden: Tensor, rank: int) -> Tensor:
+    """A loss of one process, which weighs every token in its own way."""
+    return (hidden * (1 + torch.arange(hidden.numel()).reshape(hidden.shape)) ** (1 + rank)).sum()
+
+
+def gathering_tokens(rank: int) -> dict[str, Tensor]:
+    """Sequences of all ranks, and the gradient of the sum of both ranks' losses."""
+    results = {}
+    for name in LENGTHS:
+        own, lengths = sequences(rank, name)
+        gathered, all_lengths = gather_tokens(own, lengths)
+        judged(gathered, rank).backward()
+        results |= {f"{name} tokens": gathered.detach(), f"{name} gradient": own.grad,
+                    f"{name} lengths": torch.from_numpy(all_lengths)}
+    return results
+
+
 def sharded_temperature() -> Tensor:
     """A scale out of range, sharded over the processes, clamped."""
     temperature = Temperature()
@@ -212,7 +238,7 @@ def run_as_rank(rank: int, folder: Path) -> None:
             if rank == 0:
                 torch.save(results, folder / f"{name}, {micros}.pt")
     clamped = sharded_temperature()
-    torch.save({**gathering(rank, 2), "clamped": clamped}, folder / f"rank {rank}.pt")
+    torch.save({**gathering(rank, 2), **gathering_tokens(rank), "clamped": clamped}, folder / f"rank {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -275,6 +301,30 @@ def test_rows_of_all_ranks_stand_at_known_places_and_their_gradient_comes_from_a
         assert results[rank][f"{rank} summed"] == 1 + 46
 
 
+@pytest.mark.parametrize("name", LENGTHS)
+def test_sequences_of_all_ranks_lie_end_to_end_and_their_gradient_comes_from_all(two: Path, name: str) -> None:
+    whole = torch.cat([sequences(rank, name)[0].detach() for rank in range(2)]).requires_grad_()
+    sum(judged(whole, rank) for rank in range(2)).backward()
+    begin = 0
+    for rank in range(2):
+        results = torch.load(two / f"rank {rank}.pt", weights_only=True)
+        assert torch.equal(results[f"{name} tokens"], whole)
+        assert tuple(results[f"{name} lengths"].tolist()) == LENGTHS[name][0] + LENGTHS[name][1]
+        own = results[f"{name} gradient"]
+        assert torch.equal(own, whole.grad[begin : begin + len(own)])
+        begin += len(own)
+    assert begin == len(whole)
+
+
+def test_rows_of_ranks_and_micro_batches_come_back_in_the_order_of_the_batch() -> None:
+    plan = BatchPlan(*(np.arange(12),) * 2, np.zeros((12, 2), np.int64), row_keys(0, 0, np.arange(12)), 0, 0, 12)
+    micros = [interleaved(torch.cat([torch.from_numpy(split(plan, rank, 2, micro, 3).sample) for rank in range(2)]), 2)
+              for micro in range(3)]
+    assert interleaved(torch.cat(micros), 3).tolist() == list(range(12))
+    assert interleaved(torch.arange(6).reshape(6, 1), 1).flatten().tolist() == list(range(6))
+    assert interleaved(torch.zeros(0, 4), 2).shape == (0, 4)
+
+
 def test_a_temperature_shared_among_processes_is_clamped(two: Path) -> None:
     assert torch.load(two / "rank 1.pt", weights_only=True)["clamped"].tolist() == [pytest.approx(np.log(100))]
 
@@ -284,6 +334,8 @@ def test_alone_everything_is_itself() -> None:
     rows = torch.ones(2, 3)
     assert sum_over_ranks(counts) is counts
     assert gather_rows(rows, 5) is rows and sum_with_gradient(rows) is rows
+    lengths = np.array([2])
+    assert all(found is given for found, given in zip(gather_tokens(rows, lengths), (rows, lengths), strict=True))
     with pytest.raises(ValueError, match="2 rows exceed the capacity of 1"):
         gather_rows(rows, 1)
 

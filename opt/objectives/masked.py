@@ -9,17 +9,26 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt.data.capacity import NO_TARGET
 from opt.objectives.term import Term
 
 
 def token_cross_entropy(
-    logits_MV: Tensor, target_M: Tensor, count: Tensor, smoothing: float = 0.0, weight: float = 1.0
+    logits_MV: Tensor, target_M: Tensor, count: Tensor, smoothing: float = 0.0, weight: float = 1.0,
+    soft_MV: Tensor | None = None, alpha: float | Tensor = 0.0,
 ) -> Term:
     """- log P(target): MLM (Eq. 2), region classes (MRC, Eq. 5), and next tokens (DTR, DIR, Eq. 9-10).
 
-    smoothing: share of the target that is spread evenly over all tokens (gap A12).
+    smoothing: share of the target that is spread evenly over all tokens (gap A12). soft_MV: logits of a momentum twin;
+    what it believes is the share `alpha` of the target (ALBEF, arXiv 2107.07651, Eq. 7).
     """
-    return Term(F.cross_entropy(logits_MV.float(), target_M, reduction="sum", label_smoothing=smoothing), count, weight)
+    logits_MV = logits_MV.float()
+    total = F.cross_entropy(logits_MV, target_M, reduction="sum", label_smoothing=smoothing, ignore_index=NO_TARGET)
+    if soft_MV is not None:
+        believed_MV = soft_MV.detach().float().softmax(dim=-1)
+        soft_M = F.cross_entropy(logits_MV, believed_MV, reduction="none")
+        total = (1 - alpha) * total + alpha * soft_M.masked_fill(target_M == NO_TARGET, 0.0).sum()
+    return Term(total, count, weight)
 
 
 def feature_regression(predicted_MF: Tensor, target_MF: Tensor, count: Tensor, weight: float = 1.0) -> Term:

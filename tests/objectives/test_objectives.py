@@ -110,6 +110,26 @@ def test_labels_of_filler_reach_no_loss(smoothing: float) -> None:
     assert token_cross_entropy(logits, label.fill_(-100), TWO, smoothing).mean().item() == 0.0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_what_a_twin_believes_is_its_share_of_the_target(alpha: float, smoothing: float) -> None:
+    """One cross entropy against the mixture, which no filler reaches; the twin gets no gradient."""
+    torch.manual_seed(0)
+    logits, soft = torch.randn(5, 7, requires_grad=True), (3 * torch.randn(5, 7)).requires_grad_()
+    label = torch.tensor([1, -100, 3, 0, -100])
+    hard = torch.nn.functional.one_hot(label.clamp(min=0), 7) * (1 - smoothing) + smoothing / 7
+    mixed = (1 - alpha) * hard + alpha * soft.detach().softmax(-1)
+    wanted = -(mixed * logits.detach().log_softmax(-1))[label >= 0].sum()
+    for share in (alpha, torch.tensor(alpha)):
+        term = token_cross_entropy(logits, label, TWO, smoothing, 0.5, soft, share)
+        torch.testing.assert_close(term.total, wanted)
+    assert term.weight == 0.5
+    term.total.backward()
+    assert soft.grad is None and not logits.grad[label < 0].any() and logits.grad[label >= 0].any(1).all()
+    if alpha == 0:
+        assert torch.equal(term.total, token_cross_entropy(logits, label, TWO, smoothing).total)
+
+
 def test_five_way_matching_by_hand() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.0, 0.5, -3.0]])
     term = five_way(logits, torch.tensor([0]), ONE)
@@ -135,6 +155,8 @@ def test_in_batch_contrast_by_hand_and_same_pictures_are_no_negatives() -> None:
 
 @pytest.mark.parametrize("term", [
     token_cross_entropy(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
+    token_cross_entropy(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long), torch.tensor(0.0),
+                        soft_MV=torch.zeros(0, 4), alpha=0.4),
     feature_regression(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.tensor(0.0)),
     frame_contrast(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
                    torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.tensor(0.0)),
