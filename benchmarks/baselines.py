@@ -28,8 +28,8 @@ from opt.data.tokenizer import Tokenizer
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
 from opt.objectives.term import Term
 from opt.systems.opt import OPT, OPTConfig
-from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.model import CODES
+from opt.systems.shared.pairs import PAIRS
 from opt.systems.system import DataFacts, Output, Progress
 
 IGNORED = -100
@@ -54,7 +54,7 @@ def regroup(batch: Batch, padded: bool) -> Batch:
         if kind == "fused":
             seen_place = place.copy()
         views[kind] = View(torch.from_numpy(gather[token[kept]]), torch.from_numpy(place[first[numbers]]),
-                           self_layout(kept.sum(1)))
+                           self_layout(kept.sum(1)), kept.sum(1))
         if padded:
             extra[f"{kind}_valid"] = torch.from_numpy(valid)
         offset += int(kept.sum())

@@ -45,8 +45,9 @@ def pack(pixels: Tensor, captions: list[np.ndarray], patch: int) -> Batch:
              "last": torch.tensor([place.start + place.length - 1 for place in places])}
     batch = packer.batch([str(place.number) for place in places], {}, extra, {"pairs": len(captions)})
     patches = (pixels.shape[-1] // patch) ** 2 + 1
-    every, layout = torch.arange(len(pixels) * patches), self_layout(np.full(len(pixels), patches))
-    return replace(batch, views={**batch.views, "image": View(every, every[::patches], layout)})
+    every, lengths = torch.arange(len(pixels) * patches), np.full(len(pixels), patches)
+    image = View(every, every[::patches], self_layout(lengths), lengths)
+    return replace(batch, views={**batch.views, "image": image})
 
 
 class CLIP(nn.Module):

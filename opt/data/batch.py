@@ -1,13 +1,13 @@
 """Batch: what a preparer hands to a system. Flat tables of inputs, and views that say which entries form sequences.
 
-    text, regions, frames   flat tables: every distinct input entry once, whoever uses it
-    views[name]             sequences: `gather` picks entries of [text; regions; frames], `layout` says where they begin
+    text, regions, frames, patches   flat tables: every distinct input entry once, whoever uses it
+    views[name]             sequences: `gather` picks entries of the view's tables, `layout` says where they begin
     writings[name]          what a decoder writes, and which sequence of a view it looks at
     targets[name]           where a loss looks: positions in a view's flat tokens, and what should stand there
     counts[name]            how many targets a term has; the trainer sums them over ranks and micro-batches
 
 A region masked in one sequence and whole in another stands in the table twice; everything else stands there once.
-Shape legend: N tokens of a view, S sequences, M targets.
+Shape legend: N tokens of a view, S sequences, M targets, P patches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
@@ -50,12 +51,24 @@ class FrameTable:
 
 
 @dataclass(frozen=True)
+class PatchTable:
+    """pixels (P, 3 p p) uint8: patches of p x p pixels, a picture's row by row; places (P, K) int64 and shares (P, K)
+    float32: the position of a patch is the sum of K rows of a table of positions, each times its share."""
+
+    pixels: Tensor
+    places: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True)
 class View:
-    """Sequences over the tables. gather (N,) int64 into [text; regions; frames]; first (S,) int64: each one's [CLS]."""
+    """Sequences over tables. gather (N,) int64 into [text; regions; frames], or into the one table of the view; first
+    (S,) int64: each one's [CLS]; lengths (S,) int64 on the host, filler left out."""
 
     gather: Tensor
     first: Tensor
     layout: AttentionLayout
+    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -84,18 +97,21 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. `keys` names its rows for error reports; `tokens` is the number of real tokens in all views."""
+    """One micro-batch. `keys` names its rows for error reports; `tokens` is the number of real tokens in all views;
+    `host` stays where it is: what a system must know without waiting for the device."""
 
     keys: list[str]
     tokens: int
     text: TextTable
     regions: RegionTable
     frames: FrameTable
+    patches: PatchTable
     views: dict[str, View]
     writings: dict[str, Writing] = field(default_factory=dict)
     targets: dict[str, Targets] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
+    host: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def padded(self) -> int:

@@ -74,7 +74,7 @@ class Filled:
         lengths = _lengths(view.layout.query_borders)
         (filler,) = self._filler(lengths)
         layout = _bounded(self_layout(np.concatenate([lengths, filler])), view.layout)
-        return View(_repeat(view.gather, filler.sum()), view.first, layout)
+        return View(_repeat(view.gather, filler.sum()), view.first, layout, view.lengths)
 
     def _writing(self, writing: Writing) -> Writing:
         if len(writing.ids) == 0:

@@ -12,18 +12,19 @@ Runs in loader workers on numpy arrays; the result holds tensors.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opt.data.batch import Batch, FrameTable, RegionTable, Targets, TextTable, View, Writing
+from opt.data.batch import Batch, FrameTable, PatchTable, RegionTable, Targets, TextTable, View, Writing
 from opt.data.layout import cross_layout, ranges, self_layout
+from opt.data.pixels import Patches
 from opt.data.record import Picture
 
-TEXT, REGION, FRAME = range(3)
+TABLES = TEXT, REGION, FRAME, PATCH = range(4)
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,19 @@ class _Column:
 
 
 class Packer:
-    """Collects one batch. Feature widths are those of the tables; an absent modality leaves its table empty."""
+    """Collects one batch. Feature widths are those of the tables; an absent modality leaves its table empty.
 
-    def __init__(self, region_width: int, speech_width: int) -> None:
-        self.region_width, self.speech_width = region_width, speech_width
+    patch_width: values of a patch of pixels. firsts: tables that begin with an entry that is learned, as the class
+    token of a vision transformer. views: views and the tables that each is made of, also where no sequence comes;
+    others are made of all tables.
+    """
+
+    def __init__(
+        self, region_width: int, speech_width: int, patch_width: int = 3, firsts: Sequence[int] = (),
+        views: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.region_width, self.speech_width, self.patch_width = region_width, speech_width, patch_width
+        self.firsts, self.views = tuple(firsts), dict(views or {})
         self._columns: dict[str, _Column] = defaultdict(_Column)
         self._sequences: dict[str, list[tuple[Place, list[Part]]]] = defaultdict(list)
         self._flat: dict[str, int] = defaultdict(int)
@@ -90,6 +100,17 @@ class Packer:
         self._columns["frames.positions"].append(np.arange(len(speech)))
         self._columns["frames.masked"].append(np.zeros(len(speech), bool))
         return Part(FRAME, self._columns["frames.features"].append(speech))
+
+    def patches(self, patches: Patches) -> Part:
+        """All patches of a picture, row by row. Every picture of a batch has as many `places` to a patch."""
+        self._columns["patches.places"].append(patches.places)
+        self._columns["patches.shares"].append(patches.shares)
+        return Part(PATCH, self._columns["patches.pixels"].append(patches.pixels))
+
+    def first(self, table: int) -> Part:
+        """The learned first entry of a table."""
+        assert table in self.firsts
+        return Part(table, np.array([-1]))
 
     def replace_text(self, part: Part, where: np.ndarray, ids: np.ndarray) -> Part:
         """The part with other words at `where`; their positions stay."""
@@ -128,8 +149,8 @@ class Packer:
         """A decoder's targets: `ids` (L,) stand before each place, `labels` (L,) at it, looking at `context`."""
         self._writings[name].append((ids, labels, context))
 
-    def batch(self, keys: list[str], targets: dict[str, Targets], extra: dict[str, Tensor],
-              counts: dict[str, int], writings: Sequence[str] = ()) -> Batch:
+    def batch(self, keys: list[str], targets: dict[str, Targets], extra: dict[str, Tensor], counts: dict[str, int],
+              writings: Sequence[str] = (), host: dict[str, np.ndarray] | None = None) -> Batch:
         """Everything packed. `writings` names the decoders, so that one without rows still gets an empty entry; each
         has a count of its own name, the tokens to write."""
         column = self._columns
@@ -147,22 +168,37 @@ class Packer:
             torch.from_numpy(column["frames.positions"].join((0,), np.int64)),
             torch.from_numpy(column["frames.masked"].join((0,), bool)),
         )
+        patches = PatchTable(
+            torch.from_numpy(self._columns["patches.pixels"].join((0, self.patch_width), np.uint8)),
+            torch.from_numpy(self._columns["patches.places"].join((0, 1), np.int64)),
+            torch.from_numpy(self._columns["patches.shares"].join((0, 1), np.float32)),
+        )
         written = {name: self._writing(name) for name in writings}
         tokens = sum(self._flat.values()) + sum(len(writing.ids) for writing in written.values())
         counts = {**counts, **{name: len(writing.ids) for name, writing in written.items()}}
         return Batch(
-            keys=keys, tokens=tokens, text=text, regions=regions, frames=frames,
-            views={view: self._view(view) for view in self._sequences}, writings=written, targets=targets,
-            extra=extra, counts={name: torch.tensor(float(count)) for name, count in counts.items()},
+            keys=keys, tokens=tokens, text=text, regions=regions, frames=frames, patches=patches,
+            views={view: self._view(view) for view in dict.fromkeys([*self.views, *self._sequences])},
+            writings=written, targets=targets, extra=extra, host=host or {},
+            counts={name: torch.tensor(float(count)) for name, count in counts.items()},
         )
 
     def _view(self, view: str) -> View:
-        offsets = np.cumsum([0, self._columns["text.ids"].length, self._columns["regions.boxes"].length])
-        sequences = self._sequences[view]
-        gather = np.concatenate([part.entries + offsets[part.table] for _, parts in sequences for part in parts])
+        offsets, sequences = self._offsets(self.views.get(view, TABLES)), self._sequences[view]
+        entries = [part.entries + offsets[part.table] for _, parts in sequences for part in parts]
         lengths = np.array([place.length for place, _ in sequences], np.int64)
         first = np.array([place.start for place, _ in sequences], np.int64)
-        return View(torch.from_numpy(gather), torch.from_numpy(first), self_layout(lengths))
+        gather = np.concatenate([np.zeros(0, np.int64), *entries])
+        return View(torch.from_numpy(gather), torch.from_numpy(first), self_layout(lengths), lengths)
+
+    def _offsets(self, tables: Sequence[int]) -> dict[int, int]:
+        """Where entry 0 of each table lies when these tables lie end to end, learned first entries before their own."""
+        columns = {TEXT: "text.ids", REGION: "regions.boxes", FRAME: "frames.features", PATCH: "patches.pixels"}
+        offsets, end = {}, 0
+        for table in tables:
+            offsets[table] = end + (table in self.firsts)
+            end = offsets[table] + self._columns[columns[table]].length
+        return offsets
 
     def _writing(self, name: str) -> Writing:
         rows = self._writings[name]

@@ -137,15 +137,18 @@ def _attend_by_products(query_bHLd: Tensor, key_bHLd: Tensor, value_bHLd: Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections (Vaswani et al. 2017), over packed tokens or one step with a cache."""
+    """Multi-head attention with its projections (Vaswani et al. 2017), over packed tokens or one step with a cache.
 
-    def __init__(self, width: int, heads: int) -> None:
+    context_width: of what keys and values come from, where it is not `width`.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of heads {heads}")
         self.heads = heads
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.key_value = nn.Linear(context_width or width, 2 * width)
         self.output = nn.Linear(width, width)
 
     def forward(

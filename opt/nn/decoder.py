@@ -43,24 +43,29 @@ class Decoder(nn.Module):
         own = len(self.bias)  # a slice is cast anew each time, the whole table once a step
         return F.linear(hidden, table_VD if len(table_VD) == own else table_VD[:own], self.bias)
 
-    def start(
-        self, context_BMD: Tensor, context_valid_BM: Tensor, length: int, beams: int = 1
-    ) -> list[BlockCache]:
-        """Caches for at most `length` steps over a padded context, `beams` rows a sample beside each other."""
-        return self.stack.start(context_BMD, context_valid_BM, length, beams)
-
-    def step(
-        self, ids_R: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor, parents_R: Tensor | None = None
-    ) -> Tensor:
-        """Logits (R, V) of the token after `ids_R`, which stands at `position`; the caches take it in.
-
-        parents_R: the row of the step before that each row now continues (beam search); None: each its own.
-        """
-        if parents_R is not None:
-            for cache in caches:
-                cache.follow(position, parents_R)
+    def step(self, ids_R: Tensor, position: int, caches: list[BlockCache], table_VD: Tensor) -> Tensor:
+        """Logits (R, V) of the token after `ids_R`, which stands at `position`; the caches take it in."""
         hidden_RD = self._embed(ids_R, torch.full_like(ids_R, position), table_VD)
         return self.logits(self.stack.step(hidden_RD, position, caches), table_VD)
 
     def _embed(self, ids: Tensor, positions: Tensor, table_VD: Tensor) -> Tensor:
         return self.dropout(self.embed_norm(F.embedding(ids, table_VD) + self.position(positions)))
+
+
+class TiedDecoder:
+    """A decoder with the token table that it shares: a `Writer` (opt/nn/writing.py)."""
+
+    def __init__(self, decoder: Decoder, table_VD: Tensor) -> None:
+        self.decoder, self.table_VD = decoder, table_VD
+        self.vocabulary = len(decoder.bias)
+
+    def start(self, context_BMD: Tensor, valid_BM: Tensor, length: int, beams: int = 1) -> list[BlockCache]:
+        """Caches of all blocks."""
+        return self.decoder.stack.start(context_BMD, valid_BM, length, beams)
+
+    def step(self, ids_R: Tensor, position: int, caches: list[BlockCache], parents_R: Tensor | None = None) -> Tensor:
+        """Logits (R, V) of the next token."""
+        if parents_R is not None:
+            for cache in caches:
+                cache.follow(position, parents_R)
+        return self.decoder.step(ids_R, position, caches, self.table_VD)

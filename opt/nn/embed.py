@@ -1,33 +1,40 @@
-"""Embedders: text, regions and audio frames into the width that the encoder shares.
+"""Embedders: text, regions, audio frames and patches of pictures into the width that an encoder reads.
 
-Each is token + position + modality type, then LayerNorm; a masked region or frame has its feature replaced by a learned
-vector while its place (box, position) stays visible.
-Shape legend: N tokens, R regions, T frames, D width, F feature width.
+Each is token + position, and modality type and LayerNorm where the encoder wants them; a masked region or frame has its
+feature replaced by a learned vector while its place (box, position) stays visible.
+Shape legend: N tokens, R regions, T frames, P patches, D width, F feature width, K rows that make a position.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opt.data.batch import FrameTable, RegionTable, TextTable
+from opt.data.batch import FrameTable, PatchTable, RegionTable, TextTable
+from opt.data.pixels import Sight
 from opt.nn.dropout import Dropout
 
 
 class TextEmbedder(nn.Module):
-    """WordPiece ids: token + position + type, LayerNorm, dropout."""
+    """Ids of words: token + position + type, LayerNorm, dropout. bare: token + position alone (CLIP)."""
 
-    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5) -> None:
+    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5,
+                 bare: bool = False) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(positions, width)
-        self.modality = nn.Parameter(torch.zeros(width))
-        self.norm, self.dropout = nn.LayerNorm(width, epsilon), Dropout(dropout)
+        self.modality = None if bare else nn.Parameter(torch.zeros(width))
+        self.norm, self.dropout = nn.Identity() if bare else nn.LayerNorm(width, epsilon), Dropout(dropout)
 
     def forward(self, text: TextTable) -> Tensor:
         """(N, D)."""
-        hidden_ND = self.token(text.ids) + self.position(text.positions) + self.modality
-        return self.dropout(self.norm(hidden_ND))
+        return self.at(text.ids, text.positions)
+
+    def at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Ids and their positions of any shape: (..., D)."""
+        hidden = self.token(ids) + self.position(positions)
+        return self.dropout(self.norm(hidden if self.modality is None else hidden + self.modality))
 
 
 class RegionEmbedder(nn.Module):
@@ -49,10 +56,13 @@ class RegionEmbedder(nn.Module):
 
 
 class FrameEmbedder(nn.Module):
-    """Speech frames: FC and LayerNorm, then position and type, LayerNorm, dropout."""
+    """Speech frames: FC and LayerNorm, then position and type, LayerNorm, dropout. first: entry 0 is learned, as the
+    class token of pictures."""
 
-    def __init__(self, feature_width: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5) -> None:
+    def __init__(self, feature_width: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5,
+                 first: bool = False) -> None:
         super().__init__()
+        self.first = nn.Parameter(torch.zeros(1, width)) if first else None
         self.mask = nn.Parameter(torch.zeros(feature_width))
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
         self.position = nn.Embedding(positions, width)
@@ -60,10 +70,47 @@ class FrameEmbedder(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(width, epsilon), Dropout(dropout)
 
     def forward(self, frames: FrameTable) -> Tensor:
-        """(T, D)."""
+        """(T, D), or (1 + T, D) with a first entry."""
         features_TF = torch.where(frames.masked[:, None], self.mask, frames.features.float())
-        hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions) + self.modality
-        return self.dropout(self.norm(hidden_TD))
+        hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions)
+        if self.first is not None:
+            hidden_TD = torch.cat([self.first, hidden_TD])
+        return self.dropout(self.norm(hidden_TD + self.modality))
+
+
+class PatchEmbedder(nn.Module):
+    """Patches of pixels: one FC and a position each, behind a learned class token (ViT, arXiv 2010.11929, section 3.1).
+
+    The table of positions has a place for the class token, its first, and one for each patch of a square. bias: of the
+    FC. first_norm: LayerNorm before the encoder (CLIP).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, sight: Sight, width: int, dropout: float = 0.0, bias: bool = True, first_norm: bool = False,
+        epsilon: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        values = 3 * sight.patch**2
+        self.first = nn.Parameter(torch.zeros(1, width))
+        self.patch = nn.Linear(values, width, bias)
+        self.position = nn.Embedding(1 + sight.grid**2, width)
+        self.norm, self.dropout = nn.LayerNorm(width, epsilon) if first_norm else nn.Identity(), Dropout(dropout)
+        for name, channels in (("mean", sight.mean), ("deviation", sight.deviation)):
+            self.register_buffer(name, torch.tensor(channels).repeat_interleave(values // 3), persistent=False)
+
+    def forward(self, patches: PatchTable) -> Tensor:
+        """(1 + P, D): the class token first."""
+        pixels_PF = (patches.pixels.float() / 255 - self.mean) / self.deviation
+        table = self.position.weight
+        if patches.places.shape[1] == 1:
+            position_PD = self.position(patches.places[:, 0])
+        else:
+            position_PD = F.embedding_bag(patches.places, table, mode="sum", per_sample_weights=patches.shares)
+        hidden_PD = torch.cat([self.first + table[:1], self.patch(pixels_PF) + position_PD])
+        return self.dropout(self.norm(hidden_PD))
 
 
 def geometry(boxes: Tensor) -> Tensor:

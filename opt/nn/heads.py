@@ -42,27 +42,29 @@ class AnswerHead(nn.Sequential):
 class Projection(nn.Module):
     """Linear to the shared space, then unit length: (S, E) float32."""
 
-    def __init__(self, width: int, space: int) -> None:
+    def __init__(self, width: int, space: int, bias: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, space, bias=False)
+        self.linear = nn.Linear(width, space, bias)
 
     def forward(self, pooled_SD: Tensor) -> Tensor:
         return F.normalize(self.linear(pooled_SD).float(), dim=-1)
 
 
 class Temperature(nn.Module):
-    """A learned scale g = log(1 / temperature), kept within [0, log 100] by `clamp` after each step (CLIP).
+    """A learned scale g = log(1 / temperature), kept where the temperature is from `lowest` to `highest` by `clamp`
+    after each step: from 0.01 to 1 in CLIP, from 0.001 to 0.5 in ALBEF and BLIP.
 
     One number in a vector, (1,): FSDP shards the first dimension.
     """
 
-    def __init__(self, initial: float = 0.07) -> None:
+    def __init__(self, initial: float = 0.07, lowest: float = 0.01, highest: float = 1.0) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / initial)]))
+        self.range = math.log(1 / highest), math.log(1 / lowest)
 
     def forward(self) -> Tensor:
         return self.log_scale.float().exp()
 
     @torch.no_grad()
     def clamp(self) -> None:
-        self.log_scale.clamp_(0.0, math.log(100.0))
+        self.log_scale.clamp_(*self.range)

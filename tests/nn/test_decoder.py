@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from opt.data.layout import cross_layout, self_layout
-from opt.nn.decoder import Decoder
+from opt.nn.decoder import Decoder, TiedDecoder
 from opt.nn.search import Step, beam, draw, greedy
 
 CONTEXTS = np.array([4, 9, 1])
@@ -31,8 +31,9 @@ def packed(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, ids: to
 def cached_step(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, length: int, beams: int) -> Step:
     padded = torch.nn.utils.rnn.pad_sequence(list(context.split(CONTEXTS.tolist())), batch_first=True)
     valid = torch.arange(padded.shape[1])[None] < torch.from_numpy(CONTEXTS)[:, None]
-    caches = decoder.start(padded, valid, length, beams)
-    return lambda ids, position, parents: decoder.step(ids, position, caches, table, parents)
+    writer = TiedDecoder(decoder, table)
+    caches = writer.start(padded, valid, length, beams)
+    return lambda ids, position, parents: writer.step(ids, position, caches, parents)
 
 
 def uncached_step(decoder: Decoder, table: torch.Tensor, context: torch.Tensor, beams: int) -> Step:

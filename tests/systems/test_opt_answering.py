@@ -12,8 +12,9 @@ from opt.data.batch import Batch
 from opt.data.plan import BatchPlan, Plan
 from opt.data.questions import TRUTHS
 from opt.data.record import Lengths, Sample
+from opt.nn import ranking
 from opt.objectives.term import loss
-from opt.systems.opt import OPT, ranking, tiny
+from opt.systems.opt import OPT, tiny
 from opt.systems.opt.config import Tuning
 from opt.systems.system import Progress
 

@@ -16,9 +16,6 @@ from torch import Tensor
 from opt.data.batch import Targets
 from opt.data.pack import Part, Place
 from opt.data.record import Sample
-from opt.data.stored import key_hash
-
-PAIRS = (("text", "image"), ("text", "audio"), ("image", "audio"))
 
 
 @dataclass(frozen=True)
@@ -90,21 +87,6 @@ class Collected:
             "contrast_row": _joined([np.full(len(entries), row) for row, entries in enumerate(self.contrast)]),
             "contrast_row_own": _joined([np.full(len(own), row) for row, own in enumerate(self.contrast_own)]),
         }
-
-
-def alignment_pairs(rows: list[Clean]) -> dict[str, Tensor]:
-    """For each pair of modalities, int64 (B, 3): the two sequences of each sample that has both, and its picture.
-
-    A picture is a number that means the same in every process: 63 bits of its key's hash.
-    """
-    pairs = {}
-    for first, second in PAIRS:
-        both = [clean for clean in rows if first in clean.alone and second in clean.alone]
-        pairs[f"align_{first}_{second}"] = torch.tensor(
-            [[clean.alone[first].number, clean.alone[second].number, key_hash(clean.sample.key) >> 1]
-             for clean in both], dtype=torch.int64
-        ).reshape(-1, 3)
-    return pairs
 
 
 def _joined(pieces: list[np.ndarray]) -> Tensor:

@@ -28,9 +28,10 @@ from opt.data.plan import BatchPlan, Tasks
 from opt.data.questions import normalise
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
-from opt.systems.opt.collect import Clean, Collected, alignment_pairs
+from opt.systems.opt.collect import Clean, Collected
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.rows import Rows
+from opt.systems.shared.pairs import alignment_pairs
 from opt.systems.system import MODALITIES
 
 TRUE, OTHER_PICTURE, OTHER_TEXT = range(3)

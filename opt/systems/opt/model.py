@@ -17,21 +17,21 @@ from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
 from opt.nn.compiled import uncompiled
-from opt.nn.decoder import Decoder
+from opt.nn.decoder import Decoder, TiedDecoder
 from opt.nn.embed import FrameEmbedder, RegionEmbedder, TextEmbedder
 from opt.nn.heads import AnswerHead, Pooler, Projection, Temperature, TokenHead
+from opt.nn.init import normal
+from opt.nn.ranking import rank
 from opt.nn.states import States, side_by_side
-from opt.objectives.contrastive import in_batch
+from opt.nn.writing import write
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
 from opt.objectives.matching import ALL_MATCH, draw_hard, five_way, margin_ranking, pairs_match, soft_classes
 from opt.objectives.term import Term
-from opt.systems.opt.collect import PAIRS
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
-from opt.systems.opt.ranking import rank
 from opt.systems.opt.rows import Rows
 from opt.systems.opt.sequences import highest_region, on_host, padded, part
-from opt.systems.opt.writing import write
+from opt.systems.shared.pairs import contrasts
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress, Sampling, System
 
 CODES = CODE_GRID[0] * CODE_GRID[1]
@@ -70,7 +70,7 @@ class OPT(System):
         self.temperature = Temperature() if config.alignment_weight > 0 else None
         answers = len(config.tuning.answers)
         self.answer_head = AnswerHead(width * config.tuning.pictures, answers) if answers else None
-        self.apply(_initialise)
+        self.apply(normal)
 
     def preparer(self) -> Rows:
         """Samples -> packed rows: corrupted in pretraining, clean in fine-tuning."""
@@ -155,15 +155,9 @@ class OPT(System):
         pair of each kind."""
         if self.align is None or self.temperature is None:
             return {}
-        terms, scale = {}, self.temperature()
-        for first, second in PAIRS:
-            name = f"align_{first}_{second}"
-            first_B, second_B, picture_B = batch.extra[name].unbind(1)
-            terms[name] = in_batch(
-                self.align[first](first_SD[first_B]), self.align[second](first_SD[second_B]), picture_B, scale,
-                batch.counts[name], len(batch.keys), self.config.alignment_weight,
-            )
-        return terms
+        align = self.align
+        return contrasts(lambda name, sequences: align[name](first_SD[sequences]), MODALITIES, batch,
+                         self.temperature(), self.config.alignment_weight)
 
     def _ranking(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
         """Fine-tuning for retrieval: true pairs above false ones (gap A18)."""
@@ -295,7 +289,8 @@ class OPT(System):
                for each in candidates]
         batch, hidden_ND, _ = self._encode_samples(samples, ("text", "image"))
         context = padded(batch, hidden_ND)
-        best_B = rank(self.text_decoder, self.text.token.weight, *context, self.tokenizer.bos, ids, shortlist)
+        writer = TiedDecoder(self.text_decoder, self.text.token.weight)
+        best_B = rank(writer, *context, self.tokenizer.bos, ids, shortlist)
         return [candidates[place] for place in best_B.tolist()]
 
     @property
@@ -327,12 +322,5 @@ class OPT(System):
                start: int, end: int | None, length: int, sampling: Sampling) -> Tensor:
         batch, hidden_ND, _ = self._encode_samples(samples, modalities)
         context = padded(batch, hidden_ND)
-        return write(decoder, table.weight, *context, start, end, length, sampling, [each.key for each in samples])
-
-
-def _initialise(module: nn.Module) -> None:
-    """BERT's initialisation: normal with deviation 0.02, zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        writer = TiedDecoder(decoder, table.weight)
+        return write(writer, *context, [start], end, length, sampling, [each.key for each in samples])

@@ -23,9 +23,9 @@ from opt.data.pack import Packer, Part
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
-from opt.systems.opt.collect import alignment_pairs
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.tasks import TASKS, TaskRows
+from opt.systems.shared.pairs import alignment_pairs
 from opt.systems.system import MODALITIES
 
 

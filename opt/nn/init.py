@@ -1,0 +1,50 @@
+"""How new weights are drawn."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from opt.nn.block import Block, Stack
+from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
+from opt.nn.heads import Projection
+
+
+def normal(module: nn.Module) -> None:
+    """BERT's and ViT's: normal with deviation 0.02, zero biases. For `Module.apply`."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, PatchEmbedder | FrameEmbedder) and module.first is not None:
+        nn.init.normal_(module.first, std=0.02)
+
+
+def by_width(module: nn.Module) -> None:
+    """CLIP's: deviations fall with the width, before residual sums with the depth as well; words 0.02, their positions
+    0.01 (code of arXiv 2103.00020). For `Module.apply`."""
+    if isinstance(module, Stack):
+        for block in module.blocks:
+            assert isinstance(block, Block)
+            _block(block, (2 * len(module.blocks)) ** -0.5)
+    elif isinstance(module, TextEmbedder):
+        nn.init.normal_(module.token.weight, std=0.02)
+        nn.init.normal_(module.position.weight, std=0.01)
+    elif isinstance(module, PatchEmbedder | FrameEmbedder):
+        width = module.position.embedding_dim
+        nn.init.normal_(module.position.weight, std=width**-0.5)
+        if module.first is not None:
+            nn.init.normal_(module.first, std=width**-0.5)
+    elif isinstance(module, Projection):
+        nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
+
+
+def _block(block: Block, deep: float) -> None:
+    width = block.feed_norm.normalized_shape[0]
+    if block.self_attention is not None:
+        for linear in (block.self_attention.query, block.self_attention.key_value):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        nn.init.normal_(block.self_attention.output.weight, std=width**-0.5 * deep)
+    into, out = block.feed_forward[0], block.feed_forward[2]
+    assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+    nn.init.normal_(into.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(out.weight, std=width**-0.5 * deep)
