@@ -15,7 +15,6 @@ from pathlib import Path
 from opt.checkpoint import from_pretrained, parse_history, read_history
 from opt.config import UserError, read_json
 from opt.data.tokenizer import Tokenizer
-from opt.files import sha256
 from opt.history import History
 from opt.systems.opt import OPT
 from opt.systems.system import System
@@ -84,9 +83,9 @@ def _fill_from_model(source: str, model: System, system: System) -> str:
 
 def _from_bert(source: str, folder: Path, vocabulary: Path | None) -> Start:
     found = bert.describe(folder)
-    tokenizer = Tokenizer.from_bert(found.folder)
-    _require_same_words(tokenizer, vocabulary, found.folder)
-    return Start(tokenizer, sha256(found.weights), partial(_fill_from_bert, source, found))
+    tokenizer = Tokenizer.from_bert(folder)
+    _require_same_words(tokenizer, vocabulary, folder)
+    return Start(tokenizer, found.source.sha256, partial(_fill_from_bert, source, found))
 
 
 def _fill_from_bert(source: str, found: bert.BERT, system: System) -> str:

@@ -1,6 +1,6 @@
 """CLIP's byte-pairs (arXiv 2103.00020, section 2.4): a word's bytes, merged by frequency; its last piece ends in </w>.
 
-    vocab.json and merges.txt | tokenizer.json | bpe_simple_vocab_16e6.txt.gz --read--> tokens with ids, merges --build-->
+    vocab.json and merges.txt | tokenizer.json | bpe_simple_vocab_16e6.txt.gz --read--> ids, merges --build--> pieces
 
 Text is cleaned as transformers does it: composed characters (NFC), white space one blank, lower case.
 """

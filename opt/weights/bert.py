@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from opt.config import UserError, read_json
+from opt.config import UserError
 from opt.data.tokenizer import SPECIALS
 from opt.systems.opt import OPT, OPTConfig
+from opt.weights.source import Source
 
 NAMES = {
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "inner": "intermediate_size",
@@ -48,8 +46,7 @@ ENCODER = {
 class BERT:
     """What a folder holds. `settings`: the fields of OPTConfig that the weights fix, with their values."""
 
-    folder: Path
-    weights: Path
+    source: Source
     vocabulary: int
     positions: int
     settings: dict[str, Any]
@@ -60,9 +57,9 @@ def describe(folder: Path) -> BERT:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a BERT's folder: config.json, weights and vocab.txt")
-    settings = read_json(path)
-    if not isinstance(settings, dict) or settings.get("model_type") != "bert":
-        kind = settings.get("model_type") if isinstance(settings, dict) else None
+    source = Source.open(folder)
+    settings = source.settings
+    if (kind := settings.get("model_type")) != "bert":
         raise UserError(f"{path}: model_type is {kind!r}; only 'bert' can be read (RoBERTa and others count positions "
                         "and cut words otherwise); choose a BERT, or write that model_type where it is one")
     rules = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
@@ -77,13 +74,7 @@ def describe(folder: Path) -> BERT:
         if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
             number = "number" if kind is float else "whole number"
             raise UserError(f"{path}: {sizes[name]} is {value!r}, expected a {number} above 0; copy the folder anew")
-    weights = next((path for name in ("model.safetensors", "pytorch_model.bin")
-                    if (path := folder / name).is_file()), None)
-    if weights is None:
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; weights in one such file are "
-                        "needed")
-    return BERT(folder, weights, int(values.pop("vocabulary")), int(values.pop("positions")),
-                {**values, "post_norm": True})
+    return BERT(source, int(values.pop("vocabulary")), int(values.pop("positions")), {**values, "post_norm": True})
 
 
 def fitted(config: OPTConfig, bert: BERT) -> OPTConfig:
@@ -100,12 +91,13 @@ def begin(system: OPT, bert: BERT) -> tuple[str, ...]:
     Raises UserError, with nothing changed, where settings or words differ, or the file is not what config.json says.
     """
     _check_fit(system, bert)
-    weights = _Weights(bert)
+    weights = bert.source
+    weights.rename(_plain_name)
     state = {**_embeddings(weights, system), **_encoder(weights, bert.settings["layers"]), **_heads(weights, system)}
     ours = system.state_dict()
     for name, tensor in state.items():
         if tensor.shape != ours[name].shape:
-            raise UserError(f"{bert.weights}: what belongs to {name} has shape {tuple(tensor.shape)}, expected "
+            raise UserError(f"{weights.path}: what belongs to {name} has shape {tuple(tensor.shape)}, expected "
                             f"{tuple(ours[name].shape)} by config.json; copy the folder anew")
     system.load_state_dict(state, strict=False)
     return tuple(dict.fromkeys(name.partition(".")[0] for name in state))
@@ -119,11 +111,11 @@ def _check_fit(system: OPT, bert: BERT) -> None:
     if wrong:
         found = ", ".join(f"{name} {getattr(system.config, name)}" for name in wrong)
         options = " ".join(_option(name, getattr(wanted, name)) for name in wrong)
-        raise UserError(f"the weights in {bert.folder} do not fit a model with {found}; give {options}")
+        raise UserError(f"the weights in {bert.source.folder} do not fit a model with {found}; give {options}")
     tokenizer = system.tokenizer
     appended = [name for name in SPECIALS if getattr(tokenizer, name.strip("[]").lower()) >= bert.vocabulary]
     if tokenizer.size != bert.vocabulary + len(appended):
-        raise UserError(f"{bert.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has "
+        raise UserError(f"{bert.source.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has "
                         f"{tokenizer.size:,} with [BOS] and [EOS] added; give the one the weights were trained with")
 
 
@@ -132,53 +124,25 @@ def _option(name: str, value: Any) -> str:
     return option if value is True else f"{option} {value}"
 
 
-class _Weights:
-    """Tensors by BertModel's names, with or without `bert.` before them; LayerNorm's old names too. All float32."""
-
-    def __init__(self, bert: BERT) -> None:
-        self.path = bert.weights
-        self.tensors: dict[str, Tensor] = {}
-        for name, tensor in _read(bert.weights).items():
-            name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-            self.tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            raise UserError(f"{self.path} holds no {name}, which a BERT has; copy the folder anew")
-        return self.tensors[name]
-
-    def layer(self, ours: str, *theirs: str) -> dict[str, Tensor]:
-        """Weight and bias of one module of ours, from those of `theirs`, one below the other."""
-        return {f"{ours}.{kind}": torch.cat([self[f"{name}.{kind}"] for name in theirs]) for kind in ("weight", "bias")}
+def _plain_name(name: str) -> str:
+    """BertModel's name for a tensor, which may have `bert.` before it, and LayerNorm's old names in it."""
+    name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file. Nothing but tensors is unpickled."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # its own words advise to run whatever stands there
-            reason = "no checkpoint, or objects besides tensors, which may be programs; nothing was run"
-        raise UserError(f"{path} holds no weights that can be read ({reason}); copy the folder anew") from error
-
-
-def _embeddings(weights: _Weights, system: OPT) -> dict[str, Tensor]:
-    words, fresh = weights["embeddings.word_embeddings.weight"], system.text.token.weight.detach().cpu()
-    types = weights["embeddings.token_type_embeddings.weight"]
+def _embeddings(weights: Source, system: OPT) -> dict[str, Tensor]:
+    words, fresh = weights.take("embeddings.word_embeddings.weight"), system.text.token.weight.detach().cpu()
+    types = weights.take("embeddings.token_type_embeddings.weight")
     return {
         "text.token.weight": torch.cat([words, fresh[len(words):]]),
-        "text.position.weight": weights["embeddings.position_embeddings.weight"][: system.config.text_positions],
+        "text.position.weight": weights.take("embeddings.position_embeddings.weight")[: system.config.text_positions],
         "text.modality": types[0],
         **({"regions.modality": types[1]} if len(types) > 1 else {}),
         **weights.layer("text.norm", "embeddings.LayerNorm"),
     }
 
 
-def _encoder(weights: _Weights, layers: int) -> dict[str, Tensor]:
+def _encoder(weights: Source, layers: int) -> dict[str, Tensor]:
     return {
         name: tensor for number in range(layers) for ours, theirs in ENCODER.items()
         for name, tensor in weights.layer(f"encoder.blocks.{number}.{ours}",
@@ -186,17 +150,17 @@ def _encoder(weights: _Weights, layers: int) -> dict[str, Tensor]:
     }
 
 
-def _heads(weights: _Weights, system: OPT) -> dict[str, Tensor]:
+def _heads(weights: Source, system: OPT) -> dict[str, Tensor]:
     """Pooler and word head, where the checkpoint has them. Raises UserError for a head with word vectors of its own."""
-    state = weights.layer("pooler.linear", "pooler.dense") if "pooler.dense.weight" in weights.tensors else {}
+    state = weights.layer("pooler.linear", "pooler.dense") if weights.has("pooler.dense.weight") else {}
     head = "cls.predictions"
-    if f"{head}.bias" not in weights.tensors:
+    if not weights.has(f"{head}.bias"):
         return state
-    table = weights.tensors.get(f"{head}.decoder.weight")
-    if table is not None and not torch.equal(table, weights["embeddings.word_embeddings.weight"]):
+    table = f"{head}.decoder.weight"
+    if weights.has(table) and not torch.equal(weights.take(table), weights.take("embeddings.word_embeddings.weight")):
         raise UserError(f"{weights.path}: its word head has word vectors of its own, OPT's shares the encoder's; "
                         "choose a BERT with tied word vectors")
-    bias, fresh = weights[f"{head}.bias"], system.word_head.bias.detach().cpu()
+    bias, fresh = weights.take(f"{head}.bias"), system.word_head.bias.detach().cpu()
     return {
         **state,
         **weights.layer("word_head.transform", f"{head}.transform.dense"),

@@ -119,6 +119,11 @@ class Pickled:
         except Exception as error:  # a file may be broken in any way
             raise UserError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})") from error
 
+    @staticmethod
+    def is_tensor(value: Any) -> bool:
+        """Whether a value of the file stands for a tensor or parameter."""
+        return isinstance(value, Node) and value.name in (PARAMETER, TENSOR)
+
     def tensor(self, node: Any) -> Tensor:
         """The tensor or parameter that a Node stands for. Raises ValueError for another Node or wrong sizes."""
         if isinstance(node, Node) and node.name == PARAMETER:
