@@ -81,7 +81,10 @@ def measure(
     The same samples serve all of them: those that have every modality the shards know. Raises UserError without labels.
     """
     exam = open_exam(train, task.split, labels, task.provenance.seed, not_there)
-    found = {subset: probe(task, exam, subset) for subset in SUBSETS if set(subset) <= set(exam.modalities)}
+    unable = {subset: reason for subset in SUBSETS if (reason := _unable(task, exam, subset))}
+    if len(unable) == len(SUBSETS):
+        raise UserError(f"nothing to probe: {unable[exam.modalities]}")
+    found = {subset: probe(task, exam, subset) for subset in SUBSETS if subset not in unable}
     raw, absent = _baselines(exam)
     about = exam.about()
     macro, micro = exam.chance()
@@ -100,15 +103,17 @@ def measure(
         score.metric(f"classify.baseline.{BASELINES[subset]}", modalities=subset, **level, **about)
         for subset, score in raw.items()
     ]
-    absent |= {
-        f"classify.map.{'_'.join(subset)}": task.split.reading.absent(
-            [name for name in subset if name not in exam.modalities])
-        for subset in SUBSETS
-        if subset not in found
-    }
+    absent |= {f"classify.map.{'_'.join(subset)}": reason for subset, reason in unable.items()}
     best = found[max(found, key=len)].scores
     assert best is not None
     return Findings(metrics + _gains(found, raw, about), absent, *_examples(task, exam, best))
+
+
+def _unable(task: Task, exam: Exam, subset: tuple[str, ...]) -> str:
+    """Why there are no features of `subset`: the shards lack it, or the system cannot; nothing where there are."""
+    if lacking := [name for name in subset if name not in exam.modalities]:
+        return task.split.reading.absent(lacking)
+    return task.refusal(lambda samples: task.system.features(samples, subset), int(exam.test_numbers[0]))
 
 
 def probe(task: Task, exam: Exam, subset: tuple[str, ...]) -> Score:
@@ -149,14 +154,15 @@ def _gains(
     """Paired differences: all three over each one, each modality added to one or two others, the model over raw."""
     note = "paired difference of mAP over the same resamples"
     pairs: list[tuple[str, tuple[str, ...], Score]] = [
-        (f"gain_over.{name}", MODALITIES, found[name,]) for name in MODALITIES if MODALITIES in found
+        (f"gain_over.{name}", MODALITIES, found[name,]) for name in MODALITIES if {MODALITIES, (name,)} <= set(found)
     ]
     pairs += [
         (f"gain.{'_'.join(more)}_over_{'_'.join(less)}", more, found[less])
         for more, less in product(found, found)
         if set(less) < set(more) and len(less) == len(more) - 1
     ]
-    pairs += [(f"gain.{'_'.join(subset)}_over_{BASELINES[subset]}", subset, score) for subset, score in raw.items()]
+    pairs += [(f"gain.{'_'.join(subset)}_over_{BASELINES[subset]}", subset, score) for subset, score in raw.items()
+              if subset in found]
     return [
         found[more].minus(less).metric(f"classify.{name}", modalities=more, protocol="map/macro", note=note, **about)
         for name, more, less in pairs

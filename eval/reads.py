@@ -19,12 +19,13 @@ from opt.data.record import Lengths
 from opt.data.shards import ShardReader
 from opt.systems.system import MODALITIES, System
 
+NOUNS = {"text": "caption", "image": "picture", "audio": "recording"}
+
 
 @dataclass(frozen=True)
 class Reads:
     """What a system takes in. extractors: the kinds of them whose features it reads."""
 
-    text: bool = True
     pixels: bool = False
     """Whether it looks at pictures as they are stored, and not at features of them."""
     extractors: frozenset[str] = frozenset({"regions", "audio", "codes"})
@@ -38,7 +39,7 @@ class Reads:
     def unread(self, modalities: Sequence[str]) -> str:
         """Why the system takes in not all of `modalities`; nothing where it does."""
         known = {
-            "text": self.text, "image": self.pixels or bool(self.extractors & {"regions", "codes"}),
+            "text": True, "image": self.pixels or bool(self.extractors & {"regions", "codes"}),
             "audio": "audio" in self.extractors,
         }  # fmt: skip
         lacking = [name for name in MODALITIES if name in modalities and not known[name]]
@@ -48,8 +49,8 @@ class Reads:
         """Why no sample of some shards has all of `modalities`."""
         if reason := self.unread(modalities):
             return reason
-        stored = " (the model looks at stored JPEGs)" if self.pixels and "image" in modalities else ""
-        return f"the shards hold no {' with '.join(modalities)}{stored}"
+        stored = "; the model looks at stored JPEGs" if self.pixels and "image" in modalities else ""
+        return f"the shards hold no {' with a '.join(NOUNS[name] for name in modalities)}{stored}"
 
 
 FEATURES = Reads()
@@ -61,7 +62,7 @@ def reads(system: System) -> Reads:
     facts, pixels = system.facts, system.preparer().jpeg
     widths = {"regions": 0 if pixels else facts.region_width, "audio": facts.speech_width,
               "codes": 0 if pixels else facts.codebook}  # fmt: skip
-    return Reads(system.reads_text, pixels, frozenset(kind for kind, width in widths.items() if width))
+    return Reads(pixels, frozenset(kind for kind, width in widths.items() if width))
 
 
 def open_shards(folder: Path, system: System) -> ShardReader:

@@ -45,6 +45,7 @@ DIRECTIONS: dict[str, tuple[Modalities, Modalities]] = {
     "text_to_image_audio": (("text",), ("image", "audio")),
 }
 """Queries and what is searched; the paper's five first (OPT, Table 3)."""
+Way = Literal["alignment", "two-stage", "all-pairs"]
 SUFFIX = {"alignment": "", "two-stage": "_two_stage", "all-pairs": "_all_pairs"}
 DEPTHS = (1, 5, 10)
 GAIN = "retrieval.gain.text_audio_over_text"
@@ -58,7 +59,7 @@ EXAMPLES = 6
 class RetrievalConfig(EvalConfig):
     """Options of `opt eval retrieval`."""
 
-    by: tuple[Literal["alignment", "two-stage", "all-pairs"], ...] = ("alignment", "two-stage")
+    by: tuple[Way, ...] = ("alignment", "two-stage")
     """What orders candidates. alignment: vectors of each side alone. two-stage: the first by alignment, ordered again
     by matching. all-pairs: matching of every query with every candidate, which few splits are small enough for."""
     rerank: int | None = None
@@ -120,9 +121,12 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
     absent: dict[str, str] = {}
     for direction in config.directions:
         try:
-            found |= {(direction, way): search for way, search in _searches(setting, config, direction).items()}
+            able, refused = _ways(setting, config, direction)
         except LookupError as error:
             absent[f"retrieval.{direction}"] = str(error)
+            continue
+        absent |= refused
+        found |= {(direction, way): search for way, search in _searches(setting, direction, able).items()}
     if not found:
         reason = next(iter(absent.values()), "no direction of --directions is in --matched-directions")
         others = f", nor what {len(absent) - 1} other directions need" if len(absent) > 1 else ""
@@ -133,7 +137,8 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
     if both is not None and text is not None:
         metrics += _gains(task, both, text)
     elif "alignment" in ways:
-        missing = (absent.get(f"retrieval.{name}") for name in ("text_audio_to_image", "text_to_image"))
+        missing = (absent.get(f"retrieval.{name}{ending}") for name in ("text_audio_to_image", "text_to_image")
+                   for ending in ("", ".r1"))
         absent[GAIN] = next(filter(None, missing), "one of the two directions was not asked for")
     for way, suffix in SUFFIX.items():
         if all((direction, way) in found for direction in BOTH_WAYS):
@@ -144,18 +149,35 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
     return Findings(metrics, absent, examples, worst)
 
 
-def _searches(setting: Searches, config: RetrievalConfig, direction: str) -> dict[str, Search]:
-    """One direction by each of the ways asked for. Raises LookupError with the reason when there is nothing to find."""
-    (given, sought), ways = DIRECTIONS[direction], config.by
-    matched = direction in config.matched_directions
-    found = {}
-    if "alignment" in ways or (matched and "two-stage" in ways):
+def _ways(setting: Searches, config: RetrievalConfig, direction: str) -> tuple[list[Way], dict[str, str]]:
+    """The ways asked for in which the system can search, and by the names of figures what it says to the others.
+
+    Raises LookupError with the reason where there is nothing to find, or no way is left.
+    """
+    given, sought = DIRECTIONS[direction]
+    setting.pairs(given, sought)
+    asked = [way for way in config.by if way == "alignment" or direction in config.matched_directions]
+    embeds = "" if asked == ["all-pairs"] else setting.refusal("embed", given) or setting.refusal("embed", sought)
+    scores = "" if asked == ["alignment"] else setting.refusal("score", (*given, *sought))
+    says = {"alignment": embeds, "two-stage": embeds or scores, "all-pairs": scores}
+    able = [way for way in asked if not says[way]]
+    if asked and not able:
+        raise LookupError(says[asked[0]] + "; --by all-pairs asks for matching alone" * (not scores))
+    return able, {
+        f"retrieval.{direction}.r{depth}{SUFFIX[way]}": says[way] for way in asked if says[way] for depth in DEPTHS
+    }
+
+
+def _searches(setting: Searches, direction: str, ways: Sequence[Way]) -> dict[str, Search]:
+    """One direction by each of the ways."""
+    (given, sought), found = DIRECTIONS[direction], {}
+    if "alignment" in ways or "two-stage" in ways:
         found["alignment"] = setting.aligned(given, sought)
-    if matched and "two-stage" in ways:
+    if "two-stage" in ways:
         found["two-stage"] = setting.two_stage(given, sought, found["alignment"])
-    if matched and "all-pairs" in ways:
+    if "all-pairs" in ways:
         found["all-pairs"] = setting.all_pairs(given, sought)
-    return {way: found[way] for way in found if way in ways}
+    return {way: found[way] for way in ways}
 
 
 def _captions_of_several_pictures(split: Split) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,8 @@ class Searches:
     """How FAISS finds the first; None: they are found exactly."""
     matching: Matching
     vectors: dict[Modalities, np.ndarray] = field(default_factory=dict)
+    refused: dict[tuple[str, Modalities], str] = field(default_factory=dict)
+    """What the system said to an ability and modalities, tried once; nothing where it can."""
 
     def members(self, modalities: Modalities) -> np.ndarray:
         """Sample numbers that stand for `modalities`: every caption and recording, but each picture once."""
@@ -76,6 +79,15 @@ class Searches:
             (np.flatnonzero(answerable & (folds[queries] == fold)), np.flatnonzero(folds[candidates] == fold))
             for fold in np.unique(folds[queries[answerable]])
         ]
+
+    def refusal(self, ability: Literal["embed", "score"], modalities: Modalities) -> str:
+        """Why the system cannot embed `modalities`, or score how well they match; nothing where it can."""
+        asked = ability, tuple(sorted(modalities))
+        if asked not in self.refused:
+            numbers = self.task.split.with_all(modalities)
+            ask = partial(getattr(self.task.system, ability), modalities=modalities)
+            self.refused[asked] = self.task.refusal(ask, int(numbers[0])) if len(numbers) else ""
+        return self.refused[asked]
 
     def aligned(self, given: Modalities, sought: Modalities) -> Search:
         """Candidates by products of vectors."""

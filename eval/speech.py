@@ -92,9 +92,12 @@ def measure(task: Task, sampling: Sampling = GREEDY) -> Findings:
     hypotheses: dict[str, dict[int, str]] = {}
     for ending, given in GIVEN.items():
         some = numbers[task.split.has["image"][numbers]] if "image" in given else numbers
-        if not len(some):
+        reason = _unable(task, given, some, sampling)
+        if reason and given == ("audio",):
+            raise UserError(f"nothing to transcribe: {reason}")
+        if reason:
             names = [f"transcribe.{rate}{ending}{reading.ending}" for reading in readings for rate in RATES]
-            absent |= dict.fromkeys(names, task.split.reading.absent(given))
+            absent |= dict.fromkeys(names, reason)
             continue
         hypotheses[ending] = dict(zip(some.tolist(), _transcripts(task, given, some, sampling), strict=True))
         for reading in readings:
@@ -129,6 +132,13 @@ def _readings() -> tuple[list[Reading], dict[str, str]]:
         names = [f"transcribe.{rate}{ending}_whisper" for ending in GIVEN for rate in RATES]
         return readings, dict.fromkeys(names, str(reason))
     return [*readings, Reading("_whisper", label, cache(whisper))], {}
+
+
+def _unable(task: Task, given: tuple[str, ...], numbers: np.ndarray, sampling: Sampling) -> str:
+    """Why nothing can be written from `given`: the shards hold no such sample, or the system cannot; else nothing."""
+    if not len(numbers):
+        return task.split.reading.absent(given)
+    return task.refusal(lambda samples: task.system.generate_text(samples, given, sampling), int(numbers[0]))
 
 
 def _transcripts(task: Task, given: tuple[str, ...], numbers: np.ndarray, sampling: Sampling) -> list[str]:

@@ -135,6 +135,15 @@ class Task:
 
         return np.stack(self.batches(numbers, rows, label, split))
 
+    def refusal(self, ask: Callable[[list[Sample]], object], number: int) -> str:
+        """What the system says where it lacks an ability, tried on one sample before any work; nothing where it can."""
+        try:
+            with torch.inference_mode():
+                ask([self.split.sample(number)])
+        except UserError as error:
+            return str(error)
+        return ""
+
     def strangers(self, numbers: np.ndarray) -> np.ndarray:
         """For each of `numbers` one that shows another picture, drawn by the seed: a partner for chance levels.
 

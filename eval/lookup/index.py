@@ -145,8 +145,10 @@ def index(config: IndexConfig) -> None:
     _check_folder(config.out)
     system = from_pretrained(config.model)
     reader = open_shards(config.shards, system)
-    numbers = _members(reader, reads(system), config)
-    facts = _begin(config, system, reader, numbers)
+    members = _members(reader, reads(system), config)
+    widths = _widths(system, reader, members, config)
+    numbers = {modality: some for modality, some in members.items() if modality in widths}
+    facts = _begin(config, system, reader, numbers, max(widths.values()))
     if config.faiss is not None:
         empty(facts.width, config.faiss)  # what it refuses, it refuses before the work
     with alone(config.out):
@@ -184,10 +186,31 @@ def _members(reader: ShardReader, reading: Reads, config: IndexConfig) -> dict[s
     return {modality: held[modality] for modality in MODALITIES if modality in (config.modalities or held)}
 
 
-def _begin(config: IndexConfig, system: System, reader: ShardReader, numbers: dict[str, np.ndarray]) -> IndexFacts:
-    """What is known before the work. Raises UserError when the system cannot embed."""
-    modality, first = next((modality, int(some[0])) for modality, some in numbers.items())
-    width = system.embed([reader.sample(first, jpeg=reads(system).pixels)], [modality]).shape[1]
+def _widths(
+    system: System, reader: ShardReader, members: dict[str, np.ndarray], config: IndexConfig
+) -> dict[str, int]:
+    """Width of the vectors of each modality, tried on one sample. What the system cannot embed is left out and said.
+
+    Raises UserError where it was asked for, or nothing is left.
+    """
+    widths: dict[str, int] = {}
+    refused: dict[str, UserError] = {}
+    for modality, some in members.items():
+        try:
+            widths[modality] = system.embed([reader.sample(int(some[0]), reads(system).pixels)], [modality]).shape[1]
+        except UserError as error:
+            refused[modality] = error
+    for modality, error in refused.items():
+        if config.modalities or not widths:
+            raise error
+        print(f"no {WHAT[modality]}: {error}")
+    return widths
+
+
+def _begin(
+    config: IndexConfig, system: System, reader: ShardReader, numbers: dict[str, np.ndarray], width: int
+) -> IndexFacts:
+    """What is known before the work."""
     return IndexFacts(
         model=str(config.model.resolve()),
         model_sha256=read_json(config.model / "config.json")["sha256"],

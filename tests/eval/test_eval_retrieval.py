@@ -11,6 +11,7 @@ from eval import matching, searches
 from eval.result import read_result
 from eval.retrieval import DIRECTIONS, RetrievalConfig, measure, retrieval
 from opt.config import UserError
+from opt.systems.system import System
 
 
 def config(**options):
@@ -66,8 +67,8 @@ def test_matching_orders_only_the_first_candidates(make_task):
 def test_a_pair_is_matched_once_for_both_directions(make_task):
     task = make_task((8, 1))
     measure(task, config(rerank=8))
-    assert task.system.calls["fuse"] == 8 * 8
-    assert task.system.calls["alone"] == 8 + 8
+    assert task.system.calls["fuse"] == 8 * 8 + 1, "one to see that it can"
+    assert task.system.calls["alone"] == 8 + 8 + 2
 
 
 def test_all_pairs_and_two_stage_with_every_candidate_are_the_same(make_task):
@@ -120,7 +121,7 @@ def test_three_modalities_are_fused_when_two_are_given(make_task):
     direction = "text_audio_to_image"
     options = dict(by=("all-pairs",), directions=(direction,), matched_directions=(direction,))
     assert values(measure(task, config(**options))[0])[f"retrieval.{direction}.r1_all_pairs"] == pytest.approx(1 / 6)
-    assert task.system.calls == {"embed": 0, "alone": 18, "fuse": 36}
+    assert task.system.calls == {"embed": 0, "alone": 18 + 3, "fuse": 36 + 1}
 
 
 def test_the_mean_is_of_the_six_recalls_both_ways(make_task):
@@ -154,7 +155,7 @@ def test_too_many_pairs_are_refused_before_any_work(make_task, monkeypatch):
     task = make_task((8, 1))
     with pytest.raises(UserError, match="would fuse 64 pairs"):
         measure(task, config(by=("all-pairs",)))
-    assert task.system.calls["fuse"] == 0
+    assert task.system.calls["fuse"] == 1, "to see that it can"
 
 
 def test_coinciding_captions_are_ties_and_are_counted(make_task):
@@ -170,10 +171,39 @@ def test_missing_modalities_are_absent_with_a_reason(make_task):
     samples = [dataclasses.replace(sample, speech=None) for sample in make_task((4, 1)).split.reader.samples]
     metrics, absent, *_ = measure(make_task(samples), config())
     assert {metric.name.split(".")[1] for metric in metrics} == {"text_to_image", "image_to_text", "image_text"}
-    assert absent["retrieval.text_to_audio"] == "the shards hold no text with audio"
+    assert absent["retrieval.text_to_audio"] == "the shards hold no caption with a recording"
     alone = [dataclasses.replace(sample, pictures=()) for sample in samples]
     with pytest.raises(UserError, match="nothing to search"):
         measure(make_task(alone), config())
+
+
+def lacks(*abilities):
+    """Replaces abilities by what a system says that has none of them."""
+    return lambda task, patch: [patch.setattr(task.system, name, getattr(System, name).__get__(task.system))
+                                for name in abilities]
+
+
+def test_a_system_that_cannot_match_is_searched_by_its_vectors(make_task, monkeypatch):
+    task = make_task((4, 1))
+    lacks("alone", "fuse")(task, monkeypatch)
+    metrics, absent, *_ = measure(task, config())
+    assert {metric.rerank_k for metric in metrics} == {None} and len(metrics) == 3 * (12 + 1) + 1
+    assert absent["retrieval.text_to_image.r1_two_stage"].startswith("system 'fake' cannot match")
+    assert set(absent) == {f"retrieval.{way}.r{k}_two_stage" for way in ("text_to_image", "image_to_text")
+                           for k in (1, 5, 10)}
+    with pytest.raises(UserError, match="cannot match; .*, nor what 1 other direction"):
+        measure(task, config(by=("all-pairs",)))
+
+
+def test_a_system_that_cannot_embed_is_searched_by_all_pairs(make_task, monkeypatch):
+    task = make_task((4, 1))
+    lacks("embed")(task, monkeypatch)
+    with pytest.raises(UserError, match=r"nothing to search: system 'fake' cannot embed.*--by all-pairs asks"):
+        measure(task, config())
+    metrics, absent, *_ = measure(task, config(by=("alignment", "all-pairs")))
+    assert values(metrics)["retrieval.text_to_image.r1_all_pairs"] == 1.0 and len(metrics) == 3 * 2 + 1
+    assert absent["retrieval.text_to_image.r1"].startswith("system 'fake' cannot embed")
+    assert absent["retrieval.text_to_audio"] == absent["retrieval.gain.text_audio_over_text"]
 
 
 def test_wrong_options_are_sentences():
