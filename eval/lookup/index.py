@@ -200,10 +200,10 @@ def _widths(
             widths[modality] = system.embed([reader.sample(int(some[0]), reads(system).pixels)], [modality]).shape[1]
         except UserError as error:
             refused[modality] = error
-    for modality, error in refused.items():
+    for modality, reason in refused.items():
         if config.modalities or not widths:
-            raise error
-        print(f"no {WHAT[modality]}: {error}")
+            raise reason
+        print(f"no {WHAT[modality]}: {reason}")
     return widths
 
 
