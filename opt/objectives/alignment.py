@@ -27,7 +27,7 @@ def transport_plan(
     words_S1, patches_S1 = (valid.sum(dim=1, keepdim=True).float() for valid in (text_valid_ST, patch_valid_SP))
     valid_STP = text_valid_ST[:, :, None] & patch_valid_SP[:, None, :]
     near_STP = (-cost_STP.float() / beta).exp().masked_fill(~valid_STP, 0.0)
-    plan_STP = valid_STP.float()
+    plan_STP = torch.ones_like(near_STP)
     word_ST = text_valid_ST / words_S1.clamp(min=1)
     for _ in range(iterations):
         plan_STP = near_STP * plan_STP

@@ -59,23 +59,24 @@ def momentum_contrast(
     with torch.autocast(scale.device.type, enabled=False):
         forward_B = _distilled(first_BE, kept_first_BE, keys_second_CE, both_B, has_second_C, own_BC, scale, alpha)
         backward_B = _distilled(second_BE, kept_second_BE, keys_first_CE, both_B, has_first_C, own_BC, scale, alpha)
-    return Term((forward_B + backward_B).masked_fill(~both_B, 0.0).sum() / 2, count, weight)
+    return Term((forward_B + backward_B).sum() / 2, count, weight)
 
 
 def _distilled(
     query_BE: Tensor, kept_BE: Tensor, keys_CE: Tensor, asked_B: Tensor, has_C: Tensor, own_BC: Tensor,
     scale: Tensor, alpha: float | Tensor,
 ) -> Tensor:
-    """Cross entropy (B,) of queries among keys against own keys and the twin's beliefs; finite where not asked."""
+    """Cross entropy (B,) of queries among keys against own keys and the twin's beliefs; nothing where not asked, and no
+    gradient either."""
     open_BC = has_C & asked_B[:, None]
-    shut_BC = ~has_C & asked_B[:, None]  # nothing is shut to a row that asks nothing, so that its softmax is finite
 
     def among_keys(vectors_BE: Tensor, scale: Tensor) -> Tensor:
         logits_BC = scale * vectors_BE.float().masked_fill(~asked_B[:, None], 0.0) @ keys_CE.detach().float().T
-        return logits_BC.masked_fill(shut_BC, float("-inf")).log_softmax(dim=1)
+        return logits_BC.masked_fill(~has_C, float("-inf")).log_softmax(dim=1)
 
     surprise_BC = -among_keys(query_BE, scale).masked_fill(~open_BC, 0.0)
     believed_BC = among_keys(kept_BE.detach(), scale.detach()).exp()
     own_BC = own_BC & open_BC
     hard_B = surprise_BC.masked_fill(~own_BC, 0.0).sum(dim=1) / own_BC.sum(dim=1).clamp(min=1)
-    return (1 - alpha) * hard_B + alpha * (believed_BC * surprise_BC).sum(dim=1)
+    soft_B = (believed_BC * surprise_BC).sum(dim=1)
+    return ((1 - alpha) * hard_B + alpha * soft_B).masked_fill(~asked_B, 0.0)

@@ -55,6 +55,26 @@ def test_it_costs_as_little_as_the_cheapest(words: int, patches: int) -> None:
             assert found == pytest.approx(cheapest(one), rel=above, abs=above / 10)
 
 
+@pytest.mark.parametrize(("beta", "iterations"), [(0.5, 50), (1.0, 3), (0.2, 7)])
+def test_it_is_the_published_iteration(beta: float, iterations: int) -> None:
+    """UNITER's order of scalings, a pair at a time; what a cost is where nothing is valid does not matter."""
+    cost, text_valid, patch_valid = costs(2, 4, 6), every(2, 4), every(2, 6)
+    text_valid[1, 1], patch_valid[1, 4:] = False, False
+    cost[~(text_valid[:, :, None] & patch_valid[:, None])] = float("nan")
+    found = transport_plan(cost, text_valid, patch_valid, beta, iterations)
+    for row in range(2):
+        inside = text_valid[row][:, None] & patch_valid[row]
+        kernel = np.exp(-cost[row][inside].double().numpy().reshape(int(text_valid[row].sum()), -1) / beta)
+        plan, word = np.ones_like(kernel), np.full(len(kernel), 1 / len(kernel))
+        for _ in range(iterations):
+            step = kernel * plan
+            patch = 1 / (kernel.shape[1] * (word @ step))
+            word = 1 / (kernel.shape[0] * (step @ patch))
+            plan = word[:, None] * step * patch
+        np.testing.assert_allclose(found[row][inside], plan.ravel(), atol=1e-5)
+        assert not found[row][~inside].any()
+
+
 def pair(words: int, patches: int, width: int = 6) -> tuple[Tensor, Tensor]:
     torch.manual_seed(3)
     return torch.randn(2, words, width), torch.randn(2, patches, width)

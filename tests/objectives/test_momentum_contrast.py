@@ -20,6 +20,8 @@ def inputs(samples: int = 6, ring: int = 9, width: int = 5) -> dict[str, Tensor]
     has_first, has_second = torch.rand(samples + ring) < 0.8, torch.rand(samples + ring) < 0.8
     has_first[:3] = has_second[:3] = True
     has_first[3:4] = has_second[4:5] = False
+    has_first[samples : samples + 1] = True
+    has_second[samples : samples + 1] = False  # a picture of the batch, without its speech or text
     picture = torch.tensor([5, 6, 5, 7, 8, 9])[:samples]
     old_picture = torch.tensor([6, 11, 12, -1, -1, 13, 14, 6, 15])[:ring]
     return {
