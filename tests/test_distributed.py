@@ -32,6 +32,8 @@ from opt.data.plan import BatchPlan, row_keys, split
 from opt.data.record import Sample
 from opt.distributed import gather_rows, gather_tokens, interleaved, sum_over_ranks, sum_with_gradient
 from opt.nn.heads import Temperature
+from opt.objectives.contrastive import momentum_contrast
+from opt.objectives.matching import draw_negatives
 from opt.objectives.term import loss
 from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, OPTConfig
@@ -217,6 +219,33 @@ def gathering_tokens(rank: int) -> dict[str, Tensor]:
     return results
 
 
+def momentum(rank: int, world: int) -> dict[str, Tensor]:
+    """The share of one process: a contrast with the keys of all and a ring's, and wrong candidates for its rows."""
+    torch.manual_seed(0)
+    ring, own = 5, slice(rank, None, world)
+    vectors = torch.nn.functional.normalize(torch.randn(4, 8 + ring, 4), dim=-1)
+    there, picture = torch.rand(2, 8 + ring) < 0.7, torch.arange(8 + ring) // 2
+    key = torch.from_numpy(row_keys(0, 0, np.arange(8)).view(np.int64))
+
+    def keys(whole: Tensor) -> Tensor:
+        """The batch's in its order, as gathered from all processes, then the ring's."""
+        return torch.cat([interleaved(gather_rows(whole[:8][own], 8 // world), world), whole[8:]])
+
+    first, second = (vectors[number, :8][own].clone().requires_grad_() for number in range(2))
+    scale = torch.tensor([5.0], requires_grad=True)
+    term = momentum_contrast(
+        first, second, vectors[2, :8][own], vectors[3, :8][own], keys(vectors[2]), keys(vectors[3]),
+        (there[0] & there[1])[:8][own], keys(there[0].int()).bool(), keys(there[1].int()).bool(), picture[:8][own],
+        keys(picture), scale, 0.4, torch.tensor(8.0),
+    )
+    term.total.backward()
+    candidates = keys(vectors[3])[:8]
+    drawn, _ = draw_negatives(5 * first @ candidates.T, picture[:8][own][:, None] != keys(picture)[:8], key[own],
+                              interleaved(gather_rows(key[own], 8 // world), world))
+    return {"total": term.total.detach(), "scale": scale.grad, "first": first.grad, "second": second.grad,
+            "drawn": drawn}
+
+
 def sharded_temperature() -> Tensor:
     """A scale out of range, sharded over the processes, clamped."""
     temperature = Temperature()
@@ -238,7 +267,8 @@ def run_as_rank(rank: int, folder: Path) -> None:
             if rank == 0:
                 torch.save(results, folder / f"{name}, {micros}.pt")
     clamped = sharded_temperature()
-    torch.save({**gathering(rank, 2), **gathering_tokens(rank), "clamped": clamped}, folder / f"rank {rank}.pt")
+    results = {**gathering(rank, 2), **gathering_tokens(rank), **momentum(rank, 2), "clamped": clamped}
+    torch.save(results, folder / f"rank {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -314,6 +344,15 @@ def test_sequences_of_all_ranks_lie_end_to_end_and_their_gradient_comes_from_all
         assert torch.equal(own, whole.grad[begin : begin + len(own)])
         begin += len(own)
     assert begin == len(whole)
+
+
+def test_contrast_with_a_twin_and_negatives_are_those_of_one_process(two: Path) -> None:
+    whole = momentum(0, 1)
+    shares = [torch.load(two / f"rank {rank}.pt", weights_only=True) for rank in range(2)]
+    for name in ("total", "scale"):
+        torch.testing.assert_close(shares[0][name] + shares[1][name], whole[name])
+    for name in ("first", "second", "drawn"):
+        torch.testing.assert_close(interleaved(torch.cat([share[name] for share in shares]), 2), whole[name])
 
 
 def test_rows_of_ranks_and_micro_batches_come_back_in_the_order_of_the_batch() -> None:
