@@ -45,10 +45,7 @@ class Source:
             raise UserError(f"{place} does not exist; expected the folder or the file of a published checkpoint")
         for configuration, names in LAYOUTS.items():
             if path := next((place / name for name in names if (place / name).is_file()), None):
-                settings = read_json(place / configuration) if (place / configuration).is_file() else {}
-                if not isinstance(settings, dict):
-                    raise UserError(f"{place / configuration} holds no names with values; copy the folder anew")
-                return cls(path, settings, place)
+                return cls(path, _settings(place / configuration), place)
         expected = ", ".join(name for names in LAYOUTS.values() for name in names)
         raise UserError(f"{place} holds no weights: expected one of {expected}; a file of another name is given itself")
 
@@ -67,6 +64,11 @@ class Source:
         if not self.path.name.endswith(INDEX):
             return sha256(self.path)
         return hashlib.sha256("".join(sha256(file) for file in shards(self.path)).encode()).hexdigest()
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """How transformers prepares pictures for it: the folder's preprocessor_config.json; {} where there is none."""
+        return _settings(self.folder / "preprocessor_config.json") if self.folder else {}
 
     @property
     def unused(self) -> list[str]:
@@ -110,3 +112,11 @@ class Source:
             raise UserError(f"{self.path} holds no {name}, which the network has; give a checkpoint of that layout, or "
                             "copy it anew")
         return self.tensors[name]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Names with values, none where there is no such file. Raises UserError for another file."""
+    settings = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no names with values; copy the folder anew")
+    return settings
