@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from opt.checkpoint import from_pretrained
 from opt.config import UserError
+from opt.data.pixels import Sight, picture
 from opt.data.plan import BatchPlan
 from opt.data.record import Picture, Sample
 from opt.objectives.term import loss
@@ -78,8 +80,8 @@ def samples() -> list[Sample]:
     made = []
     for number, (caption, sides) in enumerate(zip(CAPTIONS, ((50, 70), (64, 40), (32, 32)), strict=True)):
         rng = np.random.default_rng(number)
-        picture = Image.fromarray(rng.integers(256, size=(*sides, 3), dtype=np.uint8)).resize(sides[::-1])
-        made.append(Sample(str(number), (Picture(*sides, jpeg=jpeg(picture)),), caption=caption))
+        drawn = jpeg(Image.fromarray(rng.integers(256, size=(*sides, 3), dtype=np.uint8)))
+        made.append(Sample(str(number), (Picture(sides[1], sides[0], jpeg=drawn),), caption=caption))
     return made
 
 
@@ -202,9 +204,22 @@ def test_other_networks_are_refused(tmp_path: Path, place: str, changes: dict[st
         imported(tmp_path, tmp_path / "ours", words_file(tmp_path))
 
 
-def real_photo() -> bytes:
-    folder = Path(__file__).resolve().parents[2] / "../shared/data/flickr-speech/images"
-    path = next(iter(sorted(folder.glob("*.jpg"))), None)
-    if path is None:
+@pytest.mark.parametrize("size", [48, 224])
+def test_pixels_of_a_photo_are_those_of_transformers(size: int) -> None:
+    """The same numbers where transformers resizes with Pillow, as CLIP's authors do; its faster way, on tensors, rounds
+    otherwise."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = Path(os.environ.get("OPT_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
+    photos = sorted((folder / "flickr-speech" / "images").glob("*.jpg"))[:6]
+    if not photos:
         pytest.skip("no real data")
-    return path.read_bytes()
+    sight = Sight(size=size, patch=8, fit="crop")
+    mean, deviation = (torch.tensor(channels)[:, None, None] for channels in (sight.mean, sight.deviation))
+    sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    for kind, most in ((CLIPImageProcessorPil, 1e-3), (transformers.CLIPImageProcessor, 2.001)):
+        for photo in photos:
+            given = kind(**sides)(images=Image.open(photo), return_tensors="pt")["pixel_values"][0]
+            theirs = (given * deviation + mean) * 255
+            ours = torch.tensor(picture(photo.read_bytes(), sight)).permute(2, 0, 1)
+            assert float((theirs - ours).abs().max()) < most
