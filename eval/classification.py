@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.labelled import Score
 from eval.naming import read_verdicts
-from eval.probing import Exam, Score, open_exam
+from eval.probing import Exam, open_exam
 from eval.raw_features import raw_features, vocabulary
 from eval.result import Findings, Metric
 from eval.task import EXAMPLES, WORST, EvalConfig, Split, Task, open_split, open_task
@@ -87,7 +88,7 @@ def measure(
     found = {subset: probe(task, exam, subset) for subset in SUBSETS if subset not in unable}
     raw, absent = _baselines(exam)
     about = exam.about()
-    macro, micro = exam.chance()
+    macro, micro = exam.truth.chance()
     level: dict[str, Any] = {"chance": macro, "chance_method": "share of positives", "protocol": "map/macro"}
     metrics = [
         score.metric(f"classify.map.{'_'.join(subset)}", modalities=subset, **level, **about)
@@ -95,7 +96,7 @@ def measure(
     ]
     level_micro = {**level, "chance": micro, "protocol": "map/micro"}
     metrics += [
-        exam.judge_micro(score.scores).metric(
+        exam.truth.judge_micro(score.scores).metric(
             f"classify.map_micro.{'_'.join(subset)}", modalities=subset, **level_micro, **about)
         for subset, score in found.items() if score.scores is not None
     ]  # fmt: skip
@@ -174,7 +175,7 @@ def _examples(task: Task, exam: Exam, scores_NC: np.ndarray) -> tuple[list[dict[
     pictures = set(task.split.one_a_picture(exam.test_numbers).tolist())
     rows = [row for row, number in enumerate(exam.test_numbers.tolist())
             if number in pictures and exam.test_labels[row].any()]
-    precision = {row: _ranking_precision(exam, scores_NC, row) for row in rows}
+    precision = {row: exam.truth.ranking_precision(scores_NC, row) for row in rows}
     lowest = sorted((row for row in rows if precision[row] < 1), key=precision.__getitem__)[:WORST]
     return ([_example(task, exam, scores_NC, row) for row in rows[:EXAMPLES]],
             [_example(task, exam, scores_NC, row, failed=True) for row in lowest])  # fmt: skip
@@ -188,24 +189,5 @@ def _example(task: Task, exam: Exam, scores_NC: np.ndarray, row: int, failed: bo
         "labels": [exam.classes[place] for place in there], "answer": ", ".join(exam.classes[i] for i in likeliest),
     }  # fmt: skip
     if failed:
-        ranks = sorted(int(rank) for rank in _ranks(exam, scores_NC, row))
-        which = "rank" if len(ranks) == 1 else "ranks"
-        example["failure"] = f"its labels at {which} {', '.join(map(str, ranks))} of {_counted(exam, row).sum()}"
+        example["failure"] = exam.truth.failure(scores_NC, row)
     return example
-
-
-def _counted(exam: Exam, row: int) -> np.ndarray:
-    """(C,) bool: labels that count for a test sample."""
-    return np.ones(len(exam.classes), bool) if exam.test_verified is None else exam.test_verified[row]
-
-
-def _ranks(exam: Exam, scores_NC: np.ndarray, row: int) -> np.ndarray:
-    """Rank of each label of a test sample among those that count, from 1; behind its equals."""
-    counted = scores_NC[row, _counted(exam, row)]
-    return (counted >= scores_NC[row, exam.test_labels[row], None]).sum(1)
-
-
-def _ranking_precision(exam: Exam, scores_NC: np.ndarray, row: int) -> float:
-    """Average over a sample's labels of the share of labels among those ranked as high; 1: all stand in front."""
-    ranks = np.sort(_ranks(exam, scores_NC, row))
-    return float(np.mean(np.searchsorted(ranks, ranks, side="right") / ranks))

@@ -8,15 +8,14 @@ P strengths, S bootstrap resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from eval.metrics import interval, mean_average_precision, micro_average_precision, resample_counts
-from eval.result import Metric
+from eval.labelled import Score, Truth, table
+from eval.metrics import mean_average_precision, resample_counts
 from eval.task import Split
 from opt.config import UserError
 from opt.systems.system import MODALITIES
@@ -24,21 +23,6 @@ from opt.systems.system import MODALITIES
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT_SHARE = 0.2
 STEPS = 400
-
-
-class Score(NamedTuple):
-    """mAP of one kind of features: the value and that of every bootstrap resample (S,); the scores it judges (N, C)."""
-
-    value: float
-    draws: np.ndarray
-    scores: np.ndarray | None = None
-
-    def metric(self, name: str, **about: Any) -> Metric:
-        return Metric(name, self.value, interval=interval(self.draws, self.value), **about)
-
-    def minus(self, other: Score) -> Score:
-        """The paired difference: both must come from the same `Exam`."""
-        return Score(self.value - other.value, self.draws - other.draws)
 
 
 @dataclass(frozen=True)
@@ -62,17 +46,20 @@ class Exam:
     test_verified: np.ndarray | None = None
     """(N, C) bool: labels that count for a sample; None: all."""
 
+    @property
+    def truth(self) -> Truth:
+        """What is true of the test samples: judges scores."""
+        return Truth(self.test_labels, self.test_verified, self.resamples)
+
     def judge(self, scores_NC: np.ndarray) -> Score:
         """Macro mAP of scores for the test samples, on the same resamples of pictures each time."""
-        return self._judged(mean_average_precision, scores_NC)
+        return self.truth.judge(scores_NC)
 
-    def judge_micro(self, scores_NC: np.ndarray) -> Score:
-        """As `judge`, over all pairs of a sample and a class together."""
-        return self._judged(micro_average_precision, scores_NC)
-
-    def _judged(self, measure: Callable[..., np.ndarray], scores_NC: np.ndarray) -> Score:
-        value = float(measure(scores_NC, self.test_labels, None, self.test_verified))
-        return Score(value, measure(scores_NC, self.test_labels, self.resamples, self.test_verified), scores_NC)
+    @property
+    def held_out(self) -> np.ndarray:
+        """Training samples that settings are chosen on, those of every fifth picture or so: bool (N,)."""
+        pictures = np.random.default_rng(self.seed).random(self.train.groups.max() + 1)
+        return pictures[self.train.groups[self.train_numbers]] < HELD_OUT_SHARE
 
     def probe(self, fitted_ND: np.ndarray, judged_ND: np.ndarray) -> Score:
         """Fit on features of the training samples and judge those of the test samples.
@@ -81,8 +68,7 @@ class Exam:
         """
         mean, spread = fitted_ND.mean(0), fitted_ND.std(0) + 1e-5
         fitted_ND, judged_ND = (fitted_ND - mean) / spread, (judged_ND - mean) / spread
-        pictures = np.random.default_rng(self.seed).random(self.train.groups.max() + 1)
-        held = pictures[self.train.groups[self.train_numbers]] < HELD_OUT_SHARE
+        held = self.held_out
         labels, verified = self.train_labels, self.train_verified
         within, without = (None if verified is None else verified[part] for part in (held, ~held))
         tried = fit(fitted_ND[~held], labels[~held], STRENGTHS, without)
@@ -93,21 +79,12 @@ class Exam:
     def about(self) -> dict[str, Any]:
         """The protocol, for metrics: policy of labels and number of classes."""
         present = self.test_labels.any(0).sum()
-        policy = "what is not labelled is absent"
-        if self.test_verified is not None:
-            policy = f"only verified labels count, {self.test_verified.mean():.1%} of all pairs of sample and class"
         return {
             "n": len(self.test_numbers),
-            "candidates": f"{present} of {len(self.classes)} classes occur; {policy}; "
+            "candidates": f"{present} of {len(self.classes)} classes occur; {self.truth.policy}; "
                           f"{len(self.train_numbers)} training samples",
             "normaliser": "step-wise average precision, equal scores together",
         }  # fmt: skip
-
-    def chance(self) -> tuple[float, float]:
-        """Macro and micro share of positives among labels that count, over the same classes as the measures."""
-        verified = np.ones_like(self.test_labels) if self.test_verified is None else self.test_verified
-        there, all_C = self.test_labels.sum(0), verified.sum(0)
-        return float((there[there > 0] / all_C[there > 0]).mean()), float(there.sum() / all_C.sum())
 
 
 def open_exam(
@@ -126,8 +103,9 @@ def open_exam(
     if shared:
         raise UserError(f"{len(shared)} pictures are in both folders of shards (such as {min(shared)!r}): give others")
     resamples = resample_counts(np.unique(test.groups[test_numbers], return_inverse=True)[1], seed)
-    verified = (_verified(split, numbers, there, absent, classes) if absent else None for split, numbers, there in (
-        (train, train_numbers, train_labels), (test, test_numbers, test_labels)))  # fmt: skip
+    verified = (there | table([split.keys[number] for number in numbers], classes, absent) if absent else None
+                for split, numbers, there in (
+                    (train, train_numbers, train_labels), (test, test_numbers, test_labels)))  # fmt: skip
     return Exam(
         train, test, train_numbers, test_numbers, train_labels, test_labels, tuple(classes), known, resamples, seed,
         *verified,
@@ -141,23 +119,10 @@ def _labelled(
     numbers = np.array([n for n in split.with_all(modalities) if split.keys[n] in labels], np.int64)
     if not len(numbers):
         raise UserError("--labels has nothing for the samples of one of the folders; give the files of both")
-    columns = {name: column for column, name in enumerate(classes)}
-    table = np.zeros((len(numbers), len(classes)), bool)
-    for row, number in enumerate(numbers):
-        table[row, [columns[name] for name in labels[split.keys[number]] if name in columns]] = True
-    if not table.any():
+    labels_NC = table([split.keys[number] for number in numbers], classes, labels)
+    if not labels_NC.any():
         raise UserError("the two folders of shards share no class of objects, so nothing can be learned")
-    return numbers, table
-
-
-def _verified(
-    split: Split, numbers: np.ndarray, labels_NC: np.ndarray, absent: dict[str, frozenset[str]], classes: list[str]
-) -> np.ndarray:
-    """(N, C) bool: labels that are there or verified to be absent."""
-    table = labels_NC.copy()
-    for row, number in enumerate(numbers):
-        table[row] |= np.isin(classes, list(absent.get(split.keys[number], ())))
-    return table
+    return numbers, labels_NC
 
 
 def fit(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -85,8 +84,9 @@ class Searches:
         asked = ability, tuple(sorted(modalities))
         if asked not in self.refused:
             numbers = self.task.split.with_all(modalities)
-            ask = partial(getattr(self.task.system, ability), modalities=modalities)
-            self.refused[asked] = self.task.refusal(ask, int(numbers[0])) if len(numbers) else ""
+            able = getattr(self.task.system, ability)
+            self.refused[asked] = (
+                self.task.refusal(lambda samples: able(samples, modalities), int(numbers[0])) if len(numbers) else "")
         return self.refused[asked]
 
     def aligned(self, given: Modalities, sought: Modalities) -> Search:

@@ -28,8 +28,8 @@ def page(run: Run) -> str:
     """The whole HTML document."""
     sections = [
         header(run), headlines(run), retrieval(run), transcription(run), captions(run), samples(run), drawings(run),
-        plain(run, "vqa"), plain(run, "nlvr2", statement), probe(run), *others(run), training(run), not_measured(run),
-        provenance(run),
+        plain(run, "vqa"), plain(run, "nlvr2", statement), plain(run, "zero_shot"), probe(run), *others(run),
+        training(run), not_measured(run), provenance(run),
     ]  # fmt: skip
     return document(f"{run.name}: report", sections)
 

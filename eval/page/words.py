@@ -14,10 +14,11 @@ TITLES = {
     "text_to_image": "Pictures from text",
     "vqa": "Questions",
     "nlvr2": "True or false of two pictures",
+    "zero_shot": "Zero-shot classification",
     "classify": "Linear probe",
 }
-OPTIONAL = {"vqa", "nlvr2"}
-"""Only a model tuned for them has these."""
+OPTIONAL = {"vqa", "nlvr2", "zero_shot"}
+"""Only a model tuned for them, or with a space for words and pictures, has these."""
 HINTS = {
     "retrieval": "A caption, a recording, a picture or two of them are the query. R@k is the share of queries with a "
     "right candidate among the first k; equal scores share their rank.",
@@ -31,6 +32,8 @@ HINTS = {
     "vqa": "Chance: always the most frequent answer.",
     "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged "
     "rightly of every pair of pictures they are about.",
+    "zero_shot": "A class is what its name says in a few sentences; pictures and recordings are sorted by what they are "
+    "nearest to. Nothing is learned.",
     "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture? "
     "The mean is over classes; micro averages are over all pairs of picture and class.",
 }
@@ -62,6 +65,10 @@ WORDS = {
     "vqa.accuracy.yes_no": "those answered by yes or no",
     "vqa.accuracy.number": "those answered by a number",
     "vqa.accuracy.other": "all others",
+    **{f"zero_shot.{name}.{given}": f"{given}: {said}" for given in ("image", "audio") for name, said in (
+        ("map", "mean average precision"), ("map_micro", "mean average precision, micro average"),
+        ("hit1", "first class is one of the labels"), ("top1", "right class first"),
+        ("top5", "right class among the first 5"))},
     "nlvr2.accuracy": "pairs of pictures judged rightly",
     "nlvr2.consistency": "statements judged rightly of all their pairs (consistency)",
     "transcribe.wer_gain.image": "speech alone − speech and picture",

@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from eval import classification, probing
+from eval.labelled import Truth
 from eval.naming import read_verdicts
 from opt.config import UserError
 from opt.data.record import Picture, Sample
@@ -61,13 +62,14 @@ def test_micro_stands_beside_macro_for_every_subset(given):
 def test_the_worst_pictures_have_their_labels_lowest():
     labels = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]], bool)
     scores = np.array([[4.0, 3, 2, 1], [1, 4, 3, 2], [3, 3, 3, 0]])
-    exam = probing.Exam(None, None, None, np.arange(3), None, labels, tuple("abcd"), (), None, 0)
-    assert [classification._ranks(exam, scores, row).tolist() for row in range(3)] == [[1], [4, 1], [3]]
-    found = [classification._ranking_precision(exam, scores, row) for row in range(3)]
+    truth = Truth(labels, None, np.ones((1, 3)))
+    assert [truth.ranks(scores, row).tolist() for row in range(3)] == [[1], [4, 1], [3]]
+    found = [truth.ranking_precision(scores, row) for row in range(3)]
     assert found == [1.0, 0.75, pytest.approx(1 / 3)]
     verified = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]], bool)
-    exam = probing.Exam(None, None, None, np.arange(3), None, labels, tuple("abcd"), (), None, 0, None, verified)
-    assert [classification._ranks(exam, scores, row).tolist() for row in range(3)] == [[1], [2, 1], [1]]
+    truth = Truth(labels, verified, np.ones((1, 3)))
+    assert [truth.ranks(scores, row).tolist() for row in range(3)] == [[1], [2, 1], [1]]
+    assert truth.failure(scores, 1) == "its labels at ranks 1, 2 of 2"
 
 
 def test_unverified_labels_neither_train_nor_judge(given):
