@@ -57,13 +57,13 @@ class RegionEmbedder(nn.Module):
 
 class FrameEmbedder(nn.Module):
     """Speech frames: FC and LayerNorm, then position and type, LayerNorm, dropout. first: entry 0 is learned, as the
-    class token of pictures."""
+    class token of pictures. masks: frames can be hidden."""
 
     def __init__(self, feature_width: int, positions: int, width: int, dropout: float, epsilon: float = 1e-5,
-                 first: bool = False) -> None:
+                 first: bool = False, masks: bool = True) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.zeros(1, width)) if first else None
-        self.mask = nn.Parameter(torch.zeros(feature_width))
+        self.mask = nn.Parameter(torch.zeros(feature_width)) if masks else None
         self.feature, self.feature_norm = nn.Linear(feature_width, width), nn.LayerNorm(width, epsilon)
         self.position = nn.Embedding(positions, width)
         self.modality = nn.Parameter(torch.zeros(width))
@@ -71,7 +71,9 @@ class FrameEmbedder(nn.Module):
 
     def forward(self, frames: FrameTable) -> Tensor:
         """(T, D), or (1 + T, D) with a first entry."""
-        features_TF = torch.where(frames.masked[:, None], self.mask, frames.features.float())
+        features_TF = frames.features.float()
+        if self.mask is not None:
+            features_TF = torch.where(frames.masked[:, None], self.mask, features_TF)
         hidden_TD = self.feature_norm(self.feature(features_TF)) + self.position(frames.positions)
         if self.first is not None:
             hidden_TD = torch.cat([self.first, hidden_TD])

@@ -111,7 +111,7 @@ class CLIP(TowerSystem):
         if config.hears:
             sizes["audio"] = config.audio
             frames = FrameEmbedder(max(facts.speech_width, 1), config.frame_positions, config.audio.width, 0.0,
-                                   epsilon, first=True)
+                                   epsilon, first=True, masks=False)
             self.towers["audio"] = Tower(frames, self._stack(config.audio))
         self.project = nn.ModuleDict({name: Projection(each.width, config.space) for name, each in sizes.items()})
         self.temperature = Temperature()
