@@ -27,6 +27,15 @@ def positions(length: int, rate: float, rng: np.random.Generator, span: int = 1)
     return hidden if len(hidden) else rng.integers(length, size=1)
 
 
+def whole_words(word_L: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Positions of words hidden at `rate`, all pieces of a word together, at least one word: sorted int64 (m,).
+
+    word_L: which word, counted from 0, each token belongs to (`Tokenizer.words_of`).
+    """
+    hidden = positions(int(word_L.max(initial=-1)) + 1, rate, rng)
+    return np.flatnonzero(np.isin(word_L, hidden))
+
+
 def words(ids: np.ndarray, mask_id: int, ordinary: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What stands in place of hidden words (m,): 80 % [MASK], 10 % a random one of `ordinary`, 10 % the word itself."""
     draw = rng.random(len(ids))
