@@ -162,7 +162,8 @@ def _ways(setting: Searches, config: RetrievalConfig, direction: str) -> tuple[l
     says = {"alignment": embeds, "two-stage": embeds or scores, "all-pairs": scores}
     able = [way for way in asked if not says[way]]
     if asked and not able:
-        raise LookupError(says[asked[0]] + "; --by all-pairs asks for matching alone" * (not scores))
+        hint = "; --by all-pairs asks for matching alone" if "two-stage" in asked and not scores else ""
+        raise LookupError(f"{says[asked[0]]}{hint}")
     return able, {
         f"retrieval.{direction}.r{depth}{SUFFIX[way]}": says[way] for way in asked if says[way] for depth in DEPTHS
     }

@@ -32,8 +32,8 @@ HINTS = {
     "vqa": "Chance: always the most frequent answer.",
     "nlvr2": "Is the statement true of the two pictures? Consistency is the share of statements that are judged "
     "rightly of every pair of pictures they are about.",
-    "zero_shot": "A class is what its name says in a few sentences; pictures and recordings are sorted by what they are "
-    "nearest to. Nothing is learned.",
+    "zero_shot": "A class is what its name says in a few sentences; pictures and recordings are sorted by what they "
+    "are nearest to. Nothing is learned.",
     "classify": "Mean average precision of a linear classifier on frozen features: which objects are in the picture? "
     "The mean is over classes; micro averages are over all pairs of picture and class.",
 }

@@ -200,6 +200,8 @@ def test_a_system_that_cannot_embed_is_searched_by_all_pairs(make_task, monkeypa
     lacks("embed")(task, monkeypatch)
     with pytest.raises(UserError, match=r"nothing to search: system 'fake' cannot embed.*--by all-pairs asks"):
         measure(task, config())
+    with pytest.raises(UserError, match=r"cannot embed; choose a system that can \(see docs/systems.md\), nor what 11"):
+        measure(task, config(by=("alignment",)))
     metrics, absent, *_ = measure(task, config(by=("alignment", "all-pairs")))
     assert values(metrics)["retrieval.text_to_image.r1_all_pairs"] == 1.0 and len(metrics) == 3 * 2 + 1
     assert absent["retrieval.text_to_image.r1"].startswith("system 'fake' cannot embed")
