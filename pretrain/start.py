@@ -1,12 +1,15 @@
 """`--start`: the weights a run begins with. They are read until the run has a checkpoint of its own, and never again.
 
-    bert:FOLDER  --opt/weights/bert.py--> words, and weights for a new system
+    bert:FOLDER  --opt/weights/bert.py--> words, and weights for the text tower of a new system
+    vit:PLACE    --opt/weights/vit.py--> weights for the picture tower; may stand beside a BERT, a blank between them
     model:FOLDER --opt/checkpoint.py--> the words and weights of a model of the same system
     run/         config.json names the start, the SHA-256 of its weights and their history; tokenizer.json its words
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +19,12 @@ from opt.checkpoint import from_pretrained, parse_history, read_history
 from opt.config import UserError, read_json
 from opt.data.tokenizer import Tokenizer
 from opt.history import History
-from opt.systems.opt import OPT
 from opt.systems.system import System
-from opt.weights import bert
+from opt.weights import bert, vit
+from opt.weights.source import Source
 from pretrain.state import newest_state
+
+KINDS = ("bert", "vit", "model")
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,25 @@ def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
             raise UserError(f"{run} holds a run that began without --start; give another --out, or leave out --start")
         earlier = parse_history(content.get("history", []), f"{run / 'config.json'}, history")
         return Start(None, recorded, _nothing, earlier)
-    kind, _, place = source.partition(":")
-    if kind == "model" and place:
-        return _from_model(source, Path(place), vocabulary)
-    if kind == "bert" and place:
-        return _from_bert(source, Path(place), vocabulary)
-    raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model, or bert:FOLDER, a folder "
-                    "with config.json, weights and vocab.txt")
+    readers = {"bert": _from_bert, "vit": _from_vit, "model": _from_model}
+    parts = re.split(rf"\s+(?=(?:{'|'.join(KINDS)}):)", source.strip())
+    named = [(part, *part.partition(":")[::2]) for part in parts]
+    kinds = [kind for _, kind, _ in named]
+    if not all(kind in KINDS and place for _, kind, place in named) or len({*kinds}) < len(kinds) > 1 or (
+            "model" in kinds and len(kinds) > 1):
+        raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model, or bert:FOLDER, a folder "
+                        "with config.json, weights and vocab.txt, or vit:PLACE, a folder or file of a vision "
+                        "transformer, or the last two together: \"bert:FOLDER vit:PLACE\"")
+    return _together([readers[kind](part, Path(place), vocabulary) for part, kind, place in named])
+
+
+def _together(starts: list[Start]) -> Start:
+    """Several that begin different towers of one system."""
+    if len(starts) == 1:
+        return starts[0]
+    tokenizer = next((start.tokenizer for start in starts if start.tokenizer is not None), None)
+    digest = hashlib.sha256("".join(start.sha256 for start in starts).encode()).hexdigest()
+    return Start(tokenizer, digest, lambda system: "; ".join(start.fill(system) for start in starts))
 
 
 def _nothing(system: System) -> str:
@@ -89,9 +106,17 @@ def _from_bert(source: str, folder: Path, vocabulary: Path | None) -> Start:
 
 
 def _fill_from_bert(source: str, found: bert.BERT, system: System) -> str:
-    if not isinstance(system, OPT):
-        raise UserError(f"--start {source}: system {system.name!r} has no place for a BERT; leave out --start")
     return f"{', '.join(bert.begin(system, found))} of {source}"
+
+
+def _from_vit(source: str, place: Path, vocabulary: Path | None) -> Start:
+    """Pictures alone: the words are the run's own."""
+    found = Source.open(place)
+    return Start(None, found.sha256, partial(_fill_from_vit, source, found))
+
+
+def _fill_from_vit(source: str, found: Source, system: System) -> str:
+    return f"{', '.join(vit.begin(system, found))} of {source}"
 
 
 def _require_same_words(tokenizer: Tokenizer | None, vocabulary: Path | None, folder: Path) -> None:

@@ -143,7 +143,7 @@ class Tokenizer:
         if self._is_word_pieces:
             begins[1:] = ~self._part_of_word[ids[1:]]
         else:
-            begins[1:] = ~(self._part_of_word[ids[:-1]] & ~np.isin(ids[1:], self._specials))
+            begins[1:] = ~(self._part_of_word[ids[:-1]] & ~np.isin(ids[1:], self.specials))
         return np.cumsum(begins) - 1
 
     @cached_property
@@ -157,6 +157,12 @@ class Tokenizer:
         vocabulary = self._pieces.get_vocab()
         special = re.compile(r"\[\w+\]|<\|\w+\|>")
         return np.array(sorted(number for token, number in vocabulary.items() if not special.fullmatch(token)))
+
+    @cached_property
+    def specials(self) -> np.ndarray:
+        """Ids of the tokens that have a role, int64, in order."""
+        vocabulary = self._pieces.get_vocab()
+        return np.array(sorted(vocabulary[name] for name in NAMES if name in vocabulary))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -221,11 +227,6 @@ class Tokenizer:
             part[number] = token.startswith(word_pieces.INNER) if self._is_word_pieces else not (
                 token.endswith(byte_pairs.END) or token in NAMES)
         return part
-
-    @cached_property
-    def _specials(self) -> np.ndarray:
-        vocabulary = self._pieces.get_vocab()
-        return np.array([vocabulary[name] for name in NAMES if name in vocabulary])
 
 
 def _bert_file(folder: Path) -> Path:

@@ -1,11 +1,11 @@
-"""A BERT checkpoint (arXiv 1810.04805), as Hugging Face saves it, to the start of OPT (`opt pretrain --start`).
+"""A BERT (arXiv 1810.04805), as transformers saves it, to the start of a text tower (`opt pretrain --start bert:...`).
 
     FOLDER/config.json                           `describe` -> BERT: sizes, where the weights are
-    FOLDER/model.safetensors, pytorch_model.bin  `begin`    -> words, positions, encoder, pooler, word head of an OPT
+    FOLDER/model.safetensors, pytorch_model.bin  `begin`    -> words, positions, encoder, pooler, word head of a system
     FOLDER/vocab.txt or tokenizer.json           Tokenizer.from_bert
 
-The encoder is taken over exactly: on text alone OPT's states equal BertModel's. What BERT has not (regions, frames,
-decoders, the other heads) keeps its fresh values; what OPT has not (sentence order, heads of other tasks) stays behind.
+The encoder is taken over exactly: on text alone OPT's states equal BertModel's. What BERT has not (other modalities,
+cross-attention, decoders, the other heads) keeps its fresh values; what the system has not stays behind.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 from opt.config import UserError
-from opt.data.tokenizer import SPECIALS
-from opt.systems.opt import OPT, OPTConfig
+from opt.nn.block import Block, Stack
+from opt.nn.embed import RegionEmbedder, TextEmbedder
+from opt.nn.heads import Pooler, TokenHead
+from opt.systems.opt import OPTConfig
+from opt.systems.system import System
+from opt.weights.places import Place, fill, places, require_settings
 from opt.weights.source import Source
 
 NAMES = {
@@ -40,6 +44,8 @@ ENCODER = {
     "feed_norm": ("output.LayerNorm",),
 }
 """Modules of our block, and those of BERT's layer whose weights lie in them, one below the other."""
+HEAD = "cls.predictions"
+"""BERT's word head."""
 
 
 @dataclass(frozen=True)
@@ -83,45 +89,58 @@ def fitted(config: OPTConfig, bert: BERT) -> OPTConfig:
     return dataclasses.replace(config, **bert.settings, text_positions=positions)
 
 
-def begin(system: OPT, bert: BERT) -> tuple[str, ...]:
-    """Fill a new OPT with BERT's weights; returns the names of its parts that now hold them.
+def begin(system: System, bert: BERT) -> tuple[str, ...]:
+    """Fill the text towers of a new system with BERT's weights; returns the names of its parts that now hold them.
 
-    Rows of tokens that our tokenizer appended keep their fresh values. Token type 0 becomes the text's modality vector
+    Layers behind the tower's go to a stack beside it (ALBEF's fusion); what a block has besides stays fresh, but for a
+    second self-attention that writes, which begins as the first (BLIP). Rows of tokens that our tokenizer appended keep
+    their fresh values. Token type 0 becomes the text's modality vector, or part of the positions where there is none,
     and type 1, where there is one, the regions' (as UNITER has it).
-    Raises UserError, with nothing changed, where settings or words differ, or the file is not what config.json says.
+    Raises UserError, with nothing changed, where the system has no such tower, settings or words differ, or the file is
+    not what config.json says.
     """
-    _check_fit(system, bert)
-    weights = bert.source
-    weights.rename(_plain_name)
-    state = {**_embeddings(weights, system), **_encoder(weights, bert.settings["layers"]), **_heads(weights, system)}
-    ours = system.state_dict()
-    for name, tensor in state.items():
-        if tensor.shape != ours[name].shape:
-            raise UserError(f"{weights.path}: what belongs to {name} has shape {tuple(tensor.shape)}, expected "
-                            f"{tuple(ours[name].shape)} by config.json; copy the folder anew")
-    system.load_state_dict(state, strict=False)
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in state))
+    chosen = hasattr(system.config, "post_norm")  # whether it is BERT's kind is a setting
+    towers = [place for place in places(system, TextEmbedder) if chosen or _is_bert(place.stack)]
+    if not towers:
+        raise UserError(f"--start bert:{bert.source.folder}: system {system.name!r} has no place for a BERT; leave it "
+                        "out")
+    _check_fit(system, bert, towers[0])
+    bert.source.rename(_plain_name)
+    ours = {name: tensor.detach().cpu() for name, tensor in system.state_dict().items()}
+    state = _heads(bert.source, system, ours)
+    for place in towers:
+        state |= _embeddings(bert.source, place, ours)
+        done = 0
+        for name, stack in _stacks(system, place):
+            state |= _layers(bert.source, name, done, len(stack.blocks), ours)
+            done += len(stack.blocks)
+    return fill(system, state, bert.source.path)
 
 
-def _check_fit(system: OPT, bert: BERT) -> None:
+def _stacks(system: System, place: Place) -> list[tuple[str, Stack]]:
+    """The tower's stack, and one of the same kind that goes on behind it: a part of a module that holds the tower."""
+    behind = [(name, module) for name, module in system.named_modules()
+              if isinstance(module, Stack) and module is not place.stack and _is_bert(module)
+              and place.name.startswith(name.rpartition(".")[0] + ".")]
+    return [(place.stack_name, place.stack), *behind]
+
+
+def _is_bert(stack: Stack) -> bool:
+    """Whether its blocks normalise after each sum."""
+    return all(isinstance(block, Block) and block.post_norm for block in stack.blocks)
+
+
+def _check_fit(system: System, bert: BERT, place: Place) -> None:
     """Settings and words against BERT's. Raises UserError that names every option to change."""
-    wanted = fitted(system.config, bert)
-    names = [field.name for field in dataclasses.fields(OPTConfig)]
-    wrong = [name for name in names if getattr(wanted, name) != getattr(system.config, name)]
-    if wrong:
-        found = ", ".join(f"{name} {getattr(system.config, name)}" for name in wrong)
-        options = " ".join(_option(name, getattr(wanted, name)) for name in wrong)
-        raise UserError(f"the weights in {bert.source.folder} do not fit a model with {found}; give {options}")
+    layers, settings = sum(len(stack.blocks) for _, stack in _stacks(system, place)), dict(bert.settings)
+    if layers == settings["layers"]:  # of the tower and behind it
+        del settings["layers"]
+    settings["text_positions"] = min(system.config.text_positions, bert.positions)
+    require_settings(system.config, ("text",), settings, bert.source.folder or bert.source.path)
     tokenizer = system.tokenizer
-    appended = [name for name in SPECIALS if getattr(tokenizer, name.strip("[]").lower()) >= bert.vocabulary]
-    if tokenizer.size != bert.vocabulary + len(appended):
+    if tokenizer.size != bert.vocabulary + int((tokenizer.specials >= bert.vocabulary).sum()):
         raise UserError(f"{bert.source.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has "
                         f"{tokenizer.size:,} with [BOS] and [EOS] added; give the one the weights were trained with")
-
-
-def _option(name: str, value: Any) -> str:
-    option = f"--model.{name.replace('_', '-')}"
-    return option if value is True else f"{option} {value}"
 
 
 def _plain_name(name: str) -> str:
@@ -130,40 +149,55 @@ def _plain_name(name: str) -> str:
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _embeddings(weights: Source, system: OPT) -> dict[str, Tensor]:
-    words, fresh = weights.take("embeddings.word_embeddings.weight"), system.text.token.weight.detach().cpu()
+def _embeddings(weights: Source, place: Place, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    words, name = weights.take("embeddings.word_embeddings.weight"), place.embedder_name
     types = weights.take("embeddings.token_type_embeddings.weight")
-    return {
-        "text.token.weight": torch.cat([words, fresh[len(words):]]),
-        "text.position.weight": weights.take("embeddings.position_embeddings.weight")[: system.config.text_positions],
-        "text.modality": types[0],
-        **({"regions.modality": types[1]} if len(types) > 1 else {}),
-        **weights.layer("text.norm", "embeddings.LayerNorm"),
-    }
+    positions = weights.take("embeddings.position_embeddings.weight")[: len(ours[f"{name}.position.weight"])]
+    state = {f"{name}.token.weight": torch.cat([words, ours[f"{name}.token.weight"][len(words):]])}
+    if f"{name}.modality" in ours:
+        state |= {f"{name}.position.weight": positions, f"{name}.modality": types[0]}
+    else:
+        state |= {f"{name}.position.weight": positions + types[0]}
+    inside = f"{name}.norm.weight" in ours
+    return state | weights.layer(f"{name}.norm" if inside else f"{place.name}norm", "embeddings.LayerNorm")
 
 
-def _encoder(weights: Source, layers: int) -> dict[str, Tensor]:
-    return {
-        name: tensor for number in range(layers) for ours, theirs in ENCODER.items()
-        for name, tensor in weights.layer(f"encoder.blocks.{number}.{ours}",
-                                          *(f"encoder.layer.{number}.{part}" for part in theirs)).items()
-    }
+def _layers(weights: Source, stack: str, first: int, count: int, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers from `first` on into a stack's blocks."""
+    state: dict[str, Tensor] = {}
+    for number in range(count):
+        block = f"{stack}.blocks.{number}"
+        for part, theirs in ENCODER.items():
+            found = weights.layer(f"{block}.{part}", *(f"encoder.layer.{first + number}.{name}" for name in theirs))
+            state |= found
+            state |= {writing: tensor for name, tensor in found.items()
+                      if (writing := name.replace(".self_", ".writing_")) in ours}
+    return state
 
 
-def _heads(weights: Source, system: OPT) -> dict[str, Tensor]:
-    """Pooler and word head, where the checkpoint has them. Raises UserError for a head with word vectors of its own."""
-    state = weights.layer("pooler.linear", "pooler.dense") if weights.has("pooler.dense.weight") else {}
-    head = "cls.predictions"
-    if not weights.has(f"{head}.bias"):
-        return state
-    table = f"{head}.decoder.weight"
+def _heads(weights: Source, system: System, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the checkpoint has beside the encoder: pooler, word heads, the regions' type. Raises UserError for a word
+    head with word vectors of its own."""
+    state: dict[str, Tensor] = {}
+    types = weights.take("embeddings.token_type_embeddings.weight")
+    for name, module in system.named_modules():
+        if isinstance(module, RegionEmbedder) and len(types) > 1:
+            state[f"{name}.modality"] = types[1]
+        if isinstance(module, Pooler) and weights.has("pooler.dense.weight"):
+            state |= weights.layer(f"{name}.linear", "pooler.dense")
+        if isinstance(module, TokenHead) and weights.has(f"{HEAD}.bias"):
+            state |= _word_head(weights, name, ours[f"{name}.bias"])
+    return state
+
+
+def _word_head(weights: Source, name: str, fresh: Tensor) -> dict[str, Tensor]:
+    table = f"{HEAD}.decoder.weight"
     if weights.has(table) and not torch.equal(weights.take(table), weights.take("embeddings.word_embeddings.weight")):
-        raise UserError(f"{weights.path}: its word head has word vectors of its own, OPT's shares the encoder's; "
-                        "choose a BERT with tied word vectors")
-    bias, fresh = weights.take(f"{head}.bias"), system.word_head.bias.detach().cpu()
+        raise UserError(f"{weights.path}: its word head has word vectors of its own, ours shares the encoder's; choose "
+                        "a BERT with tied word vectors")
+    bias = weights.take(f"{HEAD}.bias")
     return {
-        **state,
-        **weights.layer("word_head.transform", f"{head}.transform.dense"),
-        **weights.layer("word_head.norm", f"{head}.transform.LayerNorm"),
-        "word_head.bias": torch.cat([bias, fresh[len(bias):]]),
+        **weights.layer(f"{name}.transform", f"{HEAD}.transform.dense"),
+        **weights.layer(f"{name}.norm", f"{HEAD}.transform.LayerNorm"),
+        f"{name}.bias": torch.cat([bias, fresh[len(bias):]]),
     }
