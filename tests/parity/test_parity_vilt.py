@@ -31,7 +31,7 @@ SIDES = (50, 70), (64, 40), (32, 32)
 """Height and width of the stored pictures, which become 4 x 5, 6 x 4 and 4 x 4 patches."""
 GRIDS = (4, 5), (6, 4), (4, 4)
 SIZE, PATCH, POSITIONS = 32, 8, 16
-EXACT = {"rtol": 0, "atol": 1e-4}
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-4}
 
 
 def original(kind: str, **changes: Any) -> Any:

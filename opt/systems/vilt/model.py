@@ -50,8 +50,8 @@ class ViLT(TowerSystem):
         width, speech_width = sizes.width, max(facts.speech_width, 1)
         self.text = TextEmbedder(tokenizer.size, config.text_positions, width, dropout, epsilon)
         self.image = PatchEmbedder(config.sight, width, dropout)
-        self.audio = FrameEmbedder(speech_width, config.frame_positions, width, dropout, epsilon) if config.hears \
-            else None
+        self.audio = FrameEmbedder(speech_width, config.frame_positions, width, dropout, epsilon,
+                                   masks=False) if config.hears else None
         self.types = nn.Embedding(len(config.reads), width)
         self.encoder = Stack(sizes.layers, width, sizes.heads, sizes.inner, dropout, epsilon=epsilon)
         self.pooler = Pooler(width)
