@@ -24,7 +24,8 @@ from opt.weights import bert, vit
 from opt.weights.source import Source
 from pretrain.state import newest_state
 
-KINDS = ("bert", "vit", "model")
+TOGETHER = (["model"], ["bert"], ["vit"], ["bert", "vit"])
+"""Kinds of weights that a run may begin with."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
         earlier = parse_history(content.get("history", []), f"{run / 'config.json'}, history")
         return Start(None, recorded, _nothing, earlier)
     readers = {"bert": _from_bert, "vit": _from_vit, "model": _from_model}
-    parts = re.split(rf"\s+(?=(?:{'|'.join(KINDS)}):)", source.strip())
+    parts = re.split(rf"\s+(?=(?:{'|'.join(readers)}):)", source.strip())
     named = [(part, *part.partition(":")[::2]) for part in parts]
-    kinds = [kind for _, kind, _ in named]
-    if not all(kind in KINDS and place for _, kind, place in named) or len({*kinds}) < len(kinds) > 1 or (
-            "model" in kinds and len(kinds) > 1):
-        raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model, or bert:FOLDER, a folder "
-                        "with config.json, weights and vocab.txt, or vit:PLACE, a folder or file of a vision "
-                        "transformer, or the last two together: \"bert:FOLDER vit:PLACE\"")
+    if sorted(kind for _, kind, _ in named) not in TOGETHER or not all(place for *_, place in named):
+        raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model; or bert:FOLDER, a "
+                        "folder with config.json, weights and vocab.txt; or vit:PLACE, a vision transformer's folder "
+                        "or file; or the last two together, as \"bert:FOLDER vit:PLACE\"")
     return _together([readers[kind](part, Path(place), vocabulary) for part, kind, place in named])
 
 

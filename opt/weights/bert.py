@@ -132,10 +132,9 @@ def _is_bert(stack: Stack) -> bool:
 
 def _check_fit(system: System, bert: BERT, place: Place) -> None:
     """Settings and words against BERT's. Raises UserError that names every option to change."""
-    layers, settings = sum(len(stack.blocks) for _, stack in _stacks(system, place)), dict(bert.settings)
-    if layers == settings["layers"]:  # of the tower and behind it
-        del settings["layers"]
-    settings["text_positions"] = min(system.config.text_positions, bert.positions)
+    behind = sum(len(stack.blocks) for _, stack in _stacks(system, place)[1:])
+    settings = {**bert.settings, "layers": bert.settings["layers"] - behind,
+                "text_positions": min(system.config.text_positions, bert.positions)}
     require_settings(system.config, ("text",), settings, bert.source.folder or bert.source.path)
     tokenizer = system.tokenizer
     if tokenizer.size != bert.vocabulary + int((tokenizer.specials >= bert.vocabulary).sum()):

@@ -90,6 +90,15 @@ def resized(table: Tensor, grid: int) -> Tensor:
     return cat([table[:1], spread.flatten(2)[0].T])
 
 
+def _heads(source: Source, width: int) -> int:
+    """Of each layer's attention. Raises UserError where neither settings nor width tell."""
+    heads = source.settings.get("num_attention_heads", width // HEAD if width % HEAD == 0 else None)
+    if not isinstance(heads, int):
+        raise UserError(f"{source.path} does not say how many heads its attention has; give its folder, with a "
+                        "config.json that has num_attention_heads")
+    return heads
+
+
 def begin(system: System, source: Source) -> tuple[str, ...]:
     """Fill the towers of pictures of a new system; returns the names of its parts that now hold the weights.
 
@@ -105,7 +114,7 @@ def begin(system: System, source: Source) -> tuple[str, ...]:
         found = tower(source, "", place.embedder_name, place.stack_name)
         weights = found[f"{place.embedder_name}.patch.weight"]
         sizes = {"width": len(weights), "layers": source.layers(TIMM.blocks) or source.layers(TRANSFORMERS.blocks),
-                 "heads": source.settings.get("num_attention_heads", len(weights) // HEAD),
+                 "heads": _heads(source, len(weights)),
                  "inner": len(found[f"{place.stack_name}.blocks.0.feed_forward.0.weight"]),
                  "patch": math.isqrt(weights.shape[1] // 3)}
         require_settings(system.config, ("image", "encoder", "sight"), sizes, source.path)
