@@ -1,4 +1,4 @@
-"""Studies: variants of one model, each trained on spoken scenes for the same CPU time, several seeds each.
+"""Studies: variants of a model, or several systems, each trained on spoken scenes for the same CPU time, several seeds each.
 
     scenes, shards, CPU time of a step (once) -> one folder a run: trained, judged -> one record a run -> table
 
@@ -30,8 +30,8 @@ from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
 from opt.lock import alone
 from opt.recipe import LoopConfig, OptimConfig
-from opt.systems.opt import OPT, OPTConfig, tiny
-from opt.systems.system import System
+from opt.systems.opt import tiny
+from opt.systems.system import System, build
 from pretrain.run import facts
 from pretrain.trainer import Trainer
 
@@ -54,11 +54,14 @@ class Run:
     """
 
     variant: str
-    model: OPTConfig
+    model: Any
     seed: int
     minutes: float
     out: Path
     data: str = ""
+    system: str = "opt"
+    batch_tokens: int = BATCH_TOKENS
+    optim: OptimConfig = OPTIM
 
     @property
     def folder(self) -> Path:
@@ -142,7 +145,7 @@ def measure_steps(runs: list[Run]) -> None:
                     for name, run in beside.items()}
         rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(MEASURED_STEPS)]
     seconds = {name: float(np.mean([round[name] for round in rounds[WARM_UP_STEPS:]])) for name in steppers}
-    scale = known.get(FULL, seconds[FULL]) / seconds[FULL]
+    scale = known.get(FULL, seconds[FULL]) / seconds[FULL] if FULL in seconds else 1.0
     known |= {name: round(seconds[name] * scale, 4) for name in new}
     write_atomic(path, json.dumps(known).encode())
 
@@ -172,10 +175,10 @@ def _train(run: Run, reader: ShardReader, tokenizer: Tokenizer) -> dict[str, Any
 
 def _trainer(run: Run, reader: ShardReader, tokenizer: Tokenizer, folder: Path, steps: int) -> Trainer:
     torch.manual_seed(run.seed)
-    system = OPT(run.model, tokenizer, facts(reader.manifest))
-    loop = LoopConfig(steps=steps, seed=run.seed, batch_tokens=BATCH_TOKENS, workers=0, keep=CHECKPOINTS,
+    system = build(run.system, run.model, tokenizer, facts(reader.manifest))
+    loop = LoopConfig(steps=steps, seed=run.seed, batch_tokens=run.batch_tokens, workers=0, keep=CHECKPOINTS,
                       save_every=-(-steps // CHECKPOINTS))
-    optim = OPTIM if run.minutes else dataclasses.replace(OPTIM, learning_rate=1e-12)
+    optim = run.optim if run.minutes else dataclasses.replace(run.optim, learning_rate=1e-12)
     return Trainer(system, reader, folder, loop, optim)
 
 

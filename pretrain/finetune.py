@@ -25,8 +25,8 @@ from opt.data.tokenizer import Tokenizer
 from opt.history import Stage, corpora_of
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT
-from opt.systems.opt.config import Tuning
 from opt.systems.opt.downstream import DownstreamRows
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import DataFacts, System, build
 from pretrain.limits import check
 from pretrain.parallel import processes, say
@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig) -> None:
         system = tuned(start, _tuning(config, start, reader), config)
         rows = system.preparer()
         if isinstance(reader, Questions) and isinstance(rows, DownstreamRows):
-            rows.require(reader.sample(0))
+            rows.config.tuning.require(reader.sample(0))
         model = read_json(config.model / "config.json")["sha256"]
         stage = Stage("finetune", config.task, corpora_of(reader), f"model {model}")
         train(system, reader, config, device, (*read_history(config.model), stage), f"model {model}")

@@ -37,7 +37,7 @@ from opt.objectives.matching import draw_negatives
 from opt.objectives.term import loss
 from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, OPTConfig
-from opt.systems.opt.config import Tuning
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, System
 
 ROWS = 12

@@ -91,7 +91,7 @@ def picture(jpeg: bytes, sight: Sight, rng: np.random.Generator | None = None) -
     try:
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"a stored picture cannot be read ({error}); `opt shards verify --deep` names it") from error
     if rng is not None and sight.least_area < 1:
         image = image.crop(_part(*image.size, sight.least_area, rng))
@@ -103,7 +103,7 @@ def picture(jpeg: bytes, sight: Sight, rng: np.random.Generator | None = None) -
         scale = min(scale, sight.longest / max(width, height))
         sides = (max(int(side * scale + 0.5) // sight.patch, 1) * sight.patch for side in (width, height))
         return _resized(image, *sides)
-    width, height = (int(side * scale) if side > min(image.size) else sight.size for side in (width, height))
+    width, height = (sight.size * side // min(image.size) for side in (width, height))
     pixels_hwc = _resized(image, width, height)
     top, left = (height - sight.size) // 2, (width - sight.size) // 2
     return pixels_hwc[top : top + sight.size, left : left + sight.size]

@@ -40,10 +40,11 @@ def by_width(module: nn.Module) -> None:
 
 def _block(block: Block, deep: float) -> None:
     width = block.feed_norm.normalized_shape[0]
-    if block.self_attention is not None:
-        for linear in (block.self_attention.query, block.self_attention.key_value):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-        nn.init.normal_(block.self_attention.output.weight, std=width**-0.5 * deep)
+    for attention in (block.self_attention, block.cross_attention):
+        if attention is not None:
+            for linear, deviation in ((attention.query, 1.0), (attention.key_value, 1.0), (attention.output, deep)):
+                nn.init.normal_(linear.weight, std=width**-0.5 * deviation)
+                nn.init.zeros_(linear.bias)
     into, out = block.feed_forward[0], block.feed_forward[2]
     assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
     nn.init.normal_(into.weight, std=(2 * width) ** -0.5)

@@ -18,7 +18,7 @@ from opt.nn.block import Block
 from opt.nn.compiled import _mark, compile_blocks
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, OPTConfig
-from opt.systems.opt.config import Tuning
+from opt.systems.shared.tuning import Tuning
 from opt.systems.opt.tasks import TASKS
 from opt.systems.system import Progress
 

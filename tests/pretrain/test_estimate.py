@@ -15,7 +15,7 @@ from opt.data.capacity import Filled
 from opt.data.plan import Plan
 from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, tiny
-from opt.systems.opt.config import Tuning
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress
 from pretrain.estimate import (
     _control_groups,

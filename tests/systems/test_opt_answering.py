@@ -15,7 +15,7 @@ from opt.data.record import Lengths, Sample
 from opt.nn import ranking
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, tiny
-from opt.systems.opt.config import Tuning
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress
 
 SMALL = dataclasses.replace(tiny().model, width=32, layers=2, heads=2, inner=64, decoder_layers=1, alignment_width=8)

@@ -14,7 +14,7 @@ from opt.data.record import Lengths
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, tiny
 from opt.systems.opt import model as opt_model
-from opt.systems.opt.config import Tuning
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, Sampling, compose
 
 SMALL = dataclasses.replace(tiny().model, width=16, layers=1, heads=2, inner=32, decoder_layers=1, alignment_width=8)

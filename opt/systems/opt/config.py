@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Fixed, Suppress
 
 from opt.config import UserError
+from opt.systems.shared.tuning import Tuning
 
 Mixing = Literal["rows", "steps", "joint"]
 ModalityMasking = Literal["paper", "code"]
@@ -25,32 +26,6 @@ class Shares:
     dtr: float = 1 / 6
     dir: float = 1 / 6
     match: float = 1 / 6
-
-
-Downstream = Literal[
-    "pretraining", "captioning", "retrieval-margin", "retrieval-in-batch", "retrieval-hard", "vqa-classes", "vqa-words",
-    "nlvr2",
-]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What a model was fine-tuned for; `opt finetune` sets it, and the preparer follows it (downstream.py)."""
-
-    task: Downstream = "pretraining"
-    given: tuple[str, ...] = ("image",)
-    """What captions are written from."""
-    margin: float = 0.2
-    """How much likelier a true pair must be than a false one (gap A18)."""
-    answers: tuple[str, ...] = ()
-    """The list that questions are answered from (gap A22)."""
-    pictures: int = 1
-    """How many pictures those questions are about: the answer head reads as many [CLS] side by side."""
-
-    @property
-    def about(self) -> int:
-        """How many pictures a question of the task is about."""
-        return 2 if self.task == "nlvr2" else 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Nothing is hidden. Heads that a task does not train run on no rows, so that ever
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +24,6 @@ from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import Packer, Place
 from opt.data.plan import BatchPlan, Tasks
-from opt.data.questions import normalise
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.systems.opt.collect import Clean, Collected
@@ -37,10 +35,6 @@ from opt.systems.system import MODALITIES
 TRUE, OTHER_PICTURE, OTHER_TEXT = range(3)
 """Columns of extra["ranked"]."""
 
-AGREEMENT = 0.3
-"""What each of several annotators adds to the score of an answer, up to 1 (VQA, as UNITER has it)."""
-
-
 class DownstreamRows(Rows):
     """The preparer of a model whose `config.tuning` names a task. Picklable."""
 
@@ -48,7 +42,6 @@ class DownstreamRows(Rows):
         super().__init__(config, tokenizer, region_width, speech_width, codebook)
         self.task = config.tuning.task
         self.tasks = Tasks((self.task,), (1.0,), (self.task,) if self.task == "retrieval-margin" else ())
-        self.places = {answer: place for place, answer in enumerate(config.tuning.answers)}
 
     def cost(self, lengths: Lengths) -> np.ndarray:
         """Tokens of a sample's sequences and of what is written for it."""
@@ -78,7 +71,7 @@ class DownstreamRows(Rows):
             elif self.task in ("vqa-classes", "nlvr2"):
                 work.classify(number)
             else:  # one of the annotators' answers, another one in another epoch
-                self.require(samples[number])
+                self.config.tuning.require(samples[number])
                 answers = samples[number].answers
                 drawn = corrupt.row_generator(int(plan.key[row])).integers(len(answers))
                 work.write(number, ("text", "image"), answers[drawn])
@@ -95,22 +88,6 @@ class DownstreamRows(Rows):
                 raise UserError(f"sample {sample.key!r} has no regions; questions are answered by them")
             work.ask(number)
         return work.packer.batch([sample.key for sample in samples], {}, {}, {})
-
-    def require(self, sample: Sample) -> None:
-        """Raises UserError for a question about more or fewer pictures than those of the task."""
-        about = self.config.tuning.about
-        if len(sample.pictures) != about:
-            raise UserError(
-                f"the question {sample.caption!r:.80} about {sample.key!r} has {_pictures(len(sample.pictures))}; a "
-                f"model tuned for {self.task} answers questions about {_pictures(about)}: `opt finetune nlvr2` tunes "
-                "for two pictures, vqa-classes and vqa-words for one"
-            )
-
-    def scores(self, answers: tuple[str, ...]) -> dict[int, float]:
-        """How right each answer of the list is, by its place: 1 for a single annotator's, else by how many agree."""
-        counts = Counter(map(normalise, answers))
-        rightness = {answer: 1.0 if len(answers) == 1 else min(AGREEMENT * counts[answer], 1.0) for answer in counts}
-        return {self.places[answer]: score for answer, score in rightness.items() if answer in self.places}
 
 
 class _Work:
@@ -152,7 +129,7 @@ class _Work:
     def classify(self, number: int) -> None:
         """[CLS] of question and picture, of each picture, against the list of answers."""
         places = self.ask(number)
-        scores = self.rows.scores(self.samples[number].answers)
+        scores = self.rows.config.tuning.scores(self.samples[number].answers)
         self.answers += [(len(self.asked), answer) for answer in scores]
         self.scores += scores.values()
         self.asked.append([place.start for place in places])
@@ -160,7 +137,7 @@ class _Work:
     def ask(self, number: int) -> list[Place]:
         """The question beside each of its pictures, a sequence each."""
         sample = self.samples[number]
-        self.rows.require(sample)
+        self.rows.config.tuning.require(sample)
         words, places = self._clean(number, ("text",)).parts, []
         for picture in sample.pictures:
             seen, _ = self.rows.parts(self.packer, dataclasses.replace(sample, pictures=(picture,)), ("image",))
@@ -198,10 +175,6 @@ class _Work:
         both = ("text", "image")
         parts = {"text": self._clean(text, both).parts["text"], "image": self._clean(picture, both).parts["image"]}
         return self.packer.sequence("encoder", self.rows.join(self.packer, parts))
-
-
-def _pictures(count: int) -> str:
-    return f"{count} picture{'s' * (count != 1)}"
 
 
 def _integers(values: list, width: int = 0) -> torch.Tensor:

@@ -270,7 +270,7 @@ class OPT(System):
         if not isinstance(rows, DownstreamRows) or tuning.task not in ANSWERING:
             raise self._cannot(f"answer before it is tuned for that (`opt finetune` {' or '.join(ANSWERING)})")
         for sample in samples:
-            rows.require(sample)
+            tuning.require(sample)
         if tuning.task == "vqa-words":
             if candidates is None:
                 return self.generate_text(samples, ("text", "image"), Sampling())

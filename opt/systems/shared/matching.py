@@ -77,10 +77,15 @@ def pair_up(contrast: Contrasted, batch: Batch, scale: Tensor) -> Pairing:
     usable_B, used_B2 = torch.from_numpy(own).to(device), torch.from_numpy(batch.host["context"]).to(device)
     usable_K, used_K2, key_K = gathered(usable_B), gathered(used_B2), gathered(batch.extra["row_key"])
     wrong_BK = (batch.extra["picture"][:, None] != contrast.key_picture) & usable_K
-    to_contexts_BK = contrast.online["text"] @ _mean(contrast.keys, used_K2).T
-    to_texts_BK = _mean(contrast.online, used_B2) @ contrast.keys["text"].T
-    drawn = [torch.stack(draw_negatives(scale * scores_BK, wrong_BK, batch.extra["row_key"], key_K, salt))
-             for scores_BK, salt in ((to_contexts_BK, TEXT_SALT), (to_texts_BK, CONTEXT_SALT))]
+    alike_BK = (used_B2[:, None] == used_K2).all(dim=2)  # else the kind of a context would give a wrong one away
+    with torch.autocast(device.type, enabled=False):
+        to_contexts_BK = scale * contrast.online["text"] @ _mean(contrast.keys, used_K2).T
+        to_texts_BK = scale * _mean(contrast.online, used_B2) @ contrast.keys["text"].T
+    drawn = [
+        torch.stack(draw_negatives(scores_BK, allowed_BK, batch.extra["row_key"], key_K, salt))
+        for scores_BK, allowed_BK, salt in ((to_contexts_BK, wrong_BK & alike_BK, TEXT_SALT),
+                                            (to_texts_BK, wrong_BK, CONTEXT_SALT))
+    ]
     (context_B, has_context_B), (text_B, has_text_B) = np.array(torch.stack(drawn).tolist(), np.int64)
     first = rank() * len(own) + np.arange(len(own))
     with_context, with_text = own & (has_context_B > 0), own & (has_text_B > 0)

@@ -28,7 +28,7 @@ from opt.systems.system import MODALITIES
 @dataclass(frozen=True)
 class Contrasted:
     """What a contrast of a batch found. terms: a pair of modalities each. online (B, E), keys (K, E): vectors by
-    modality, zeros where absent; key_picture (K,): the keys' pictures. carry: what goes into the ring."""
+    modality, zeros where absent; key_picture (K,): the keys' pictures. carry (K, ...): what goes into the ring."""
 
     terms: dict[str, Term]
     online: dict[str, Tensor]
@@ -59,28 +59,29 @@ class MomentumContrast(nn.Module):
         picture_B, scale, ring = batch.extra["picture"], self.temperature(), self.ring.fields()
         rows = {name: batch.host["rows"][:, MODALITIES.index(name)] for name in self.modalities}
         online = {name: by_row(vectors[name], rows[name]) for name in self.modalities}
-        carry: dict[str, Tensor] = {"picture": picture_B}
+        own: dict[str, Tensor] = {"picture": picture_B}
         for name in self.modalities:
-            carry[name] = by_row(kept[name], rows[name]).detach()
-            carry[f"has_{name}"] = torch.from_numpy(rows[name] >= 0).to(picture_B.device)
-        of_ranks = {name: gathered(value) for name, value in carry.items()}
+            own[name] = by_row(kept[name], rows[name]).detach()
+            own[f"has_{name}"] = torch.from_numpy(rows[name] >= 0).to(picture_B.device)
+        of_ranks = {name: gathered(value) for name, value in own.items()}
         keys = {name: torch.cat([of_ranks[name], ring[name]]) for name in of_ranks}
         terms = {}
         for a, b in PAIRS:
             if a in self.modalities and b in self.modalities:
                 name = f"align_{a}_{b}"
                 terms[name] = momentum_contrast(
-                    online[a], online[b], carry[a], carry[b], keys[a], keys[b],
-                    carry[f"has_{a}"] & carry[f"has_{b}"], keys[f"has_{a}"], keys[f"has_{b}"],
+                    online[a], online[b], own[a], own[b], keys[a], keys[b],
+                    own[f"has_{a}"] & own[f"has_{b}"], keys[f"has_{a}"], keys[f"has_{b}"],
                     picture_B, keys["picture"], scale, alpha, batch.counts[name],
                 )  # fmt: skip
-        return Contrasted(terms, online, {name: of_ranks[name] for name in self.modalities}, of_ranks["picture"], carry)
+        keys_of_ranks = {name: of_ranks[name] for name in self.modalities}
+        return Contrasted(terms, online, keys_of_ranks, of_ranks["picture"], of_ranks)
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """Takes the step's rows into the ring, those of all ranks and micro-batches in the order of the plan, and keeps
         the temperature in its range."""
-        new = {name: interleaved(torch.cat([interleaved(gathered(carry[name]), world()) for carry in carries]),
-                                 len(carries)) for name in self.ring.names}
+        new = {name: interleaved(torch.cat([interleaved(carry[name], world()) for carry in carries]), len(carries))
+               for name in self.ring.names}
         self.ring.push(new, kept)
         self.temperature.clamp()
 
