@@ -1,7 +1,8 @@
-"""Linear probe: what can be read off frozen features of every subset of text, image and audio, as mAP.
+"""Probes: what can be read off frozen features of every subset of text, image and audio, as mAP.
 
     train shards --system.features--> (N, D) --probing.py: logistic regression--> scores of test shards
                  \\--raw features (baseline)--/                              scores --> mean average precision
+                 --system.alone--> States --attention_probe.py, where asked for--/
 
 Where a file of labels says what is absent ("absent": verified negatives, as in Open Images), only labels that are
 verified, there or absent, count for a sample: in fitting as in judging. Elsewhere what is not said to be there is not.
@@ -11,14 +12,16 @@ Shape legend: N samples, D feature width, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from eval.attention_probe import frozen, look
 from eval.labelled import Score
 from eval.naming import read_verdicts
 from eval.probing import Exam, open_exam
@@ -26,6 +29,7 @@ from eval.raw_features import raw_features, vocabulary
 from eval.result import Findings, Metric
 from eval.task import EXAMPLES, WORST, EvalConfig, Split, Task, open_split, open_task
 from opt.config import UserError
+from opt.data.record import Sample
 from opt.systems.system import MODALITIES
 
 SUBSETS = tuple(subset for size in (1, 2, 3) for subset in combinations(MODALITIES, size))
@@ -50,10 +54,14 @@ class ClassifyConfig(EvalConfig):
     has "absent": [...], only labels named there or in "labels" count for a picture, in all files."""
     train_limit: int = 2000
     """Fit on at most so many samples."""
+    probe: Literal["linear", "attention"] = "linear"
+    """attention: beside the linear probe, a newly learned attentional pooler over the states of each modality."""
 
 
 def classify(config: ClassifyConfig) -> None:
     """Fit a linear probe on frozen features of each subset of text, image and audio: mean average precision.
+
+    With --probe attention, a pooler that learns what to look at is fitted, too (CoCa's use of a frozen encoder).
 
     Example: opt eval classify runs/demo/model runs/demo/shards/test --train-shards runs/demo/shards/train
     --labels runs/demo/scenes/train_scenes.jsonl runs/demo/scenes/test_scenes.jsonl
@@ -71,59 +79,95 @@ def classify(config: ClassifyConfig) -> None:
     for there, not_there in map(read_verdicts, config.labels):
         labels.update(there)
         absent.update(not_there)
-    task.finish(measure(task, train, labels, absent))
+    task.finish(measure(task, train, labels, absent, attention=config.probe == "attention"))
 
 
 def measure(
-    task: Task, train: Split, labels: dict[str, frozenset[str]], not_there: dict[str, frozenset[str]] | None = None
+    task: Task, train: Split, labels: dict[str, frozenset[str]], not_there: dict[str, frozenset[str]] | None = None,
+    attention: bool = False,
 ) -> Findings:
     """mAP of every subset and of raw features, the paired gains between them, what is absent, and examples.
 
     The same samples serve all of them: those that have every modality the shards know. Raises UserError without labels.
     """
     exam = open_exam(train, task.split, labels, task.provenance.seed, not_there)
-    unable = {subset: reason for subset in SUBSETS if (reason := _unable(task, exam, subset))}
+    unable = {subset: reason for subset in SUBSETS if (reason := _unable(task, exam, subset, _features(task, subset)))}
     if len(unable) == len(SUBSETS):
         raise UserError(f"nothing to probe: {unable[exam.modalities]}")
     found = {subset: probe(task, exam, subset) for subset in SUBSETS if subset not in unable}
     raw, absent = _baselines(exam)
     about = exam.about()
-    macro, micro = exam.truth.chance()
-    level: dict[str, Any] = {"chance": macro, "chance_method": "share of positives", "protocol": "map/macro"}
-    metrics = [
-        score.metric(f"classify.map.{'_'.join(subset)}", modalities=subset, **level, **about)
-        for subset, score in found.items()
-    ]
-    level_micro = {**level, "chance": micro, "protocol": "map/micro"}
+    metrics = _levels(exam, "classify", found)
     metrics += [
-        exam.truth.judge_micro(score.scores).metric(
-            f"classify.map_micro.{'_'.join(subset)}", modalities=subset, **level_micro, **about)
-        for subset, score in found.items() if score.scores is not None
-    ]  # fmt: skip
-    metrics += [
-        score.metric(f"classify.baseline.{BASELINES[subset]}", modalities=subset, **level, **about)
+        score.metric(f"classify.baseline.{BASELINES[subset]}", modalities=subset, chance=exam.truth.chance()[0],
+                     chance_method="share of positives", protocol="map/macro", **about)
         for subset, score in raw.items()
     ]
     absent |= {f"classify.map.{'_'.join(subset)}": reason for subset, reason in unable.items()}
+    metrics += _gains(found, raw, about)
+    if attention:
+        looked, more = _looked(task, exam)
+        absent |= more
+        metrics += _levels(exam, "classify.attention", looked)
+        metrics += [
+            score.minus(found[subset]).metric(
+                f"classify.attention.gain.{'_'.join(subset)}", modalities=subset, protocol="map/macro",
+                note="paired difference to the linear probe over the same resamples", **about)
+            for subset, score in looked.items() if subset in found
+        ]  # fmt: skip
     best = found[max(found, key=len)].scores
     assert best is not None
-    return Findings(metrics + _gains(found, raw, about), absent, *_examples(task, exam, best))
+    return Findings(metrics, absent, *_examples(task, exam, best))
 
 
-def _unable(task: Task, exam: Exam, subset: tuple[str, ...]) -> str:
-    """Why there are no features of `subset`: the shards lack it, or the system cannot; nothing where there are."""
+def _levels(exam: Exam, name: str, found: Mapping[tuple[str, ...], Score]) -> list[Metric]:
+    """Macro, then micro mean average precision of each subset."""
+    macro, micro = exam.truth.chance()
+    about: dict[str, Any] = {"chance_method": "share of positives", **exam.about()}
+    return [
+        score.metric(f"{name}.map.{'_'.join(subset)}", modalities=subset, chance=macro, protocol="map/macro", **about)
+        for subset, score in found.items()
+    ] + [
+        exam.truth.judge_micro(score.scores).metric(
+            f"{name}.map_micro.{'_'.join(subset)}", modalities=subset, chance=micro, protocol="map/micro", **about)
+        for subset, score in found.items() if score.scores is not None
+    ]  # fmt: skip
+
+
+def _unable(task: Task, exam: Exam, subset: tuple[str, ...], ask: Callable[[list[Sample]], object]) -> str:
+    """Why `subset` cannot be probed: the shards lack it, or the system refuses; nothing where it can."""
     if lacking := [name for name in subset if name not in exam.modalities]:
         return task.split.reading.absent(lacking)
-    return task.refusal(lambda samples: task.system.features(samples, subset), int(exam.test_numbers[0]))
+    return task.refusal(ask, int(exam.test_numbers[0]))
+
+
+def _features(task: Task, subset: tuple[str, ...]) -> Callable[[list[Sample]], torch.Tensor]:
+    return lambda samples: task.system.features(samples, subset)
+
+
+def _looked(task: Task, exam: Exam) -> tuple[dict[tuple[str, ...], Score], dict[str, str]]:
+    """Every subset by an attentional pooler over the states of its modalities, and the absent ones with reasons."""
+    def alone(samples: list[Sample]) -> object:
+        return [task.system.alone(samples, name) for name in subset]
+
+    found: dict[tuple[str, ...], Score] = {}
+    absent: dict[str, str] = {}
+    fitted, judged = {}, {}
+    for subset in SUBSETS:  # single modalities first
+        if reason := _unable(task, exam, subset, alone):
+            absent[f"classify.attention.map.{'_'.join(subset)}"] = reason
+            continue
+        if len(subset) == 1:
+            fitted[subset[0]] = frozen(task, subset[0], exam.train_numbers, exam.train)
+            judged[subset[0]] = frozen(task, subset[0], exam.test_numbers, exam.test)
+        parts = [{name: side[name] for name in subset} for side in (fitted, judged)]
+        found[subset] = look(exam, parts[0], parts[1], task.system.device)
+    return found, absent
 
 
 def probe(task: Task, exam: Exam, subset: tuple[str, ...]) -> Score:
     """The model's features of `subset`, probed."""
-
-    def features(samples: list) -> torch.Tensor:
-        return task.system.features(samples, subset)
-
-    name = " + ".join(subset)
+    features, name = _features(task, subset), " + ".join(subset)
     fitted_ND = task.tensor(exam.train_numbers, features, f"features of {name}, training", exam.train)
     return exam.probe(fitted_ND, task.tensor(exam.test_numbers, features, f"features of {name}"))
 

@@ -1,4 +1,4 @@
-"""The section on the linear probe: what can be read off frozen features of every subset of modalities."""
+"""The section on probes: what can be read off frozen features of every subset of modalities."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ def probe(run: Run) -> Markup | None:
         return None
     over = [metric for metric in result.metrics if metric.name.startswith("classify.gain_over.")]
     added = [metric for metric in result.metrics if metric.name.startswith("classify.gain.")]
-    levels = [metric for metric in result.metrics if metric not in over and metric not in added]
+    looked = [metric for metric in result.metrics if metric.name.startswith("classify.attention.gain.")]
+    levels = [metric for metric in result.metrics if metric not in (*over, *added, *looked)]
     judged = f"{levels[0].candidates}." if levels and levels[0].candidates else ""
     return section(
         TITLES["classify"], f"{HINTS['classify']} {judged}",
         figures(levels) if levels else None,
         [element("h3", "What all three know beyond one, in points"), gains(over)] if over else None,
         _added(added) if added else None,
+        [element("h3", "What a pooler that learned to look adds, in points"), gains(looked)] if looked else None,
         worst(run.pictures, result, sample),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ TITLES = {
     "vqa": "Questions",
     "nlvr2": "True or false of two pictures",
     "zero_shot": "Zero-shot classification",
-    "classify": "Linear probe",
+    "classify": "Probes",
 }
 OPTIONAL = {"vqa", "nlvr2", "zero_shot"}
 """Only a model tuned for them, or with a space for words and pictures, has these."""
@@ -88,7 +88,7 @@ RATE = re.compile(r"transcribe\.(?P<rate>wer|cer)(?P<picture>_image_audio|)(?P<n
 MEAN = re.compile(r"retrieval\.image_text\.mean(?P<way>_two_stage|_all_pairs|)")
 DRAWN = re.compile(r"(?P<name>text_to_image\.\w+?)(?P<kind>_true_codes|_real|)")
 NETWORK = re.compile(r"text_to_image\.(?P<distance>fid|kid)_(?P<network>\w+)")
-SUBSET = re.compile(r"classify\.map(?P<micro>_micro|)\.(?P<subset>\w+)")
+SUBSET = re.compile(r"classify\.(?P<looked>attention\.|)map(?P<micro>_micro|)\.(?P<subset>\w+)")
 
 
 def words(metric: Metric) -> str:
@@ -110,7 +110,10 @@ def words(metric: Metric) -> str:
         return f"{WORDS.get(base, base)}{kind}"
     if found := SUBSET.fullmatch(name):
         subset = [word for word in found["subset"].split("_") if word in MODALITIES]
-        return " + ".join(subset or [found["subset"]]) + (", micro average" if found["micro"] else "")
+        looked, micro = ", attentional pooler" * bool(found["looked"]), ", micro average" * bool(found["micro"])
+        return " + ".join(subset or [found["subset"]]) + looked + micro
+    if name.startswith("classify.attention.gain."):
+        return f"{' + '.join(metric.modalities)}, pooler over linear"
     if name.startswith("classify.baseline."):
         return f"no model: {raw(metric)}"
     if name.startswith("classify.gain."):

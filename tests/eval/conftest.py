@@ -50,6 +50,7 @@ class FakeSystem(System):
     """Knows which picture each part belongs to; `blurred` modalities all look alike to it."""
 
     name = "fake"
+    device = torch.device("cpu")
 
     def __init__(self, blurred=()):
         super().__init__()

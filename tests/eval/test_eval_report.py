@@ -104,7 +104,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
         "Samples",
         "Pictures from text",
         "Questions",
-        "Linear probe",
+        "Probes",
         "Training",
     ):
         assert f"<h2>{words}</h2>" in page
