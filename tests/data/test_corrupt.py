@@ -34,6 +34,21 @@ def test_positions_are_hidden_at_their_rate_and_at_least_one() -> None:
         corrupt.positions(0, 0.15, rng)
 
 
+def test_all_pieces_of_a_word_are_hidden_together_at_the_rate_of_words() -> None:
+    rng, word = corrupt.row_generator(5), np.array([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9])
+    hidden = np.zeros((DRAWS // 10, len(word)), bool)
+    for row in hidden:
+        where = corrupt.whole_words(word, 0.3, rng)
+        assert np.array_equal(where, np.sort(where)) and len(where)
+        row[where] = True
+    assert all((hidden[:, word == number].all(1) == hidden[:, word == number].any(1)).all() for number in range(10))
+    forced = (1 - 0.3) ** 10 / 10
+    assert within(hidden[:, 0].mean(), 0.3 + forced, len(hidden)) and within(hidden[:, 3].mean(), 0.3 + forced,
+                                                                             len(hidden))
+    with pytest.raises(ValueError, match="empty"):
+        corrupt.whole_words(np.zeros(0, np.int64), 0.3, rng)
+
+
 def test_whole_modalities_are_hidden_independently_and_never_all() -> None:
     rng = corrupt.row_generator(3)
     present = np.array([True, True, True])
