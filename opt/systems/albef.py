@@ -212,7 +212,7 @@ class ALBEF(TowerSystem):
         super().__init__()
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self.encoders = Encoders(config, tokenizer.size, facts.speech_width)
-        self.match = nn.Linear(config.text.width, 2)
+        self.match_head = nn.Linear(config.text.width, 2)
         self.apply(normal)
         self.twin = Twin(self.encoders, config.momentum)
         self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
@@ -241,7 +241,7 @@ class ALBEF(TowerSystem):
             States.joined([text.of_all_ranks().take(pairs.text), hidden]), context.of_all_ranks(),
             np.concatenate([pairs.context, rank() * len(batch.keys) + own]),
         )
-        match = pairs.term(self.match(fused.first[: len(pairs.text)]), batch.counts["match"])
+        match = pairs.term(self.match_head(fused.first[: len(pairs.text)]), batch.counts["match"])
 
         place_M, label_M = batch.targets["mlm"].index, batch.targets["mlm"].label
         logits_MV = self.encoders.words(embedding(place_M + len(fused.hidden) - len(hidden.hidden), fused.hidden))
@@ -266,7 +266,7 @@ class ALBEF(TowerSystem):
     def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
         """The logit of "match" (P,): by it alone the authors order candidates. A context that many texts look at is
         turned to keys and values once. Raises UserError without a text or without a context."""
-        return self.match(self._pooled(parts, rows))[:, 1].float()
+        return self.match_head(self._pooled(parts, rows))[:, 1].float()
 
     def pooled(self, parts: Mapping[str, States]) -> Tensor:
         """The text's first state (P, D) behind the fusion, where sample p of all parts belongs together."""
