@@ -27,7 +27,6 @@ from opt.data.pixels import Sight
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import BlockCache, Stack
-from opt.nn.dropout import Dropout
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection, TokenHead
 from opt.nn.init import normal
@@ -82,8 +81,8 @@ class BLIPConfig:
     """What every text begins with that is written, such as "a picture of "; it is given, not learned."""
     momentum: float = 0.995
     """Share of the twin that stays in each step."""
-    ring: int = 57_600
-    """Earlier samples whose vectors are keys of the contrast."""
+    ring_rows: int = 57_600
+    """Earlier samples whose keys are kept as negatives of the contrast."""
     distillation: float = 0.4
     """Share of the contrast's target that the twin believes, after the ramp."""
     ramp: float = 0.1
@@ -91,13 +90,18 @@ class BLIPConfig:
 
     def __post_init__(self) -> None:
         require(self, (
-            (("space", "frame_positions", "ring"), "at least 1", lambda value: value >= 1),
+            (("space", "frame_positions", "ring_rows"), "at least 1", lambda value: value >= 1),
             (("text_positions",), "at least 3: [CLS], a word, [SEP]", lambda value: value >= 3),
             (("contrast_weight", "match_weight", "language_weight"), "at least 0", lambda value: value >= 0),
-            (("momentum", "distillation", "ramp"), "from 0 to 1", lambda value: 0 <= value <= 1),
+            (("momentum", "distillation"), "from 0 to 1", lambda value: 0 <= value <= 1),
+            (("ramp",), "above 0 and at most 1", lambda value: 0 < value <= 1),
             (("dropout", "smoothing"), "at least 0 and below 1", lambda value: 0 <= value < 1),
             (("image_epsilon", "text_epsilon"), "above 0", lambda value: value > 0),
         ))
+
+    def alpha(self, progress: Progress) -> float:
+        """The share of the contrast's target that the twin believes by now."""
+        return self.distillation * min(1.0, progress.fraction / self.ramp)
 
 
 def base() -> Preset:
@@ -113,8 +117,8 @@ def base() -> Preset:
 
 def tiny() -> Preset:
     """A small model for two CPU cores and spoken scenes."""
-    return Preset(BLIPConfig(TINY_SIGHT, TINY, TINY, space=128, text_positions=64, dropout=0.0, momentum=0.99,
-                             ring=2048), LoopConfig(batch_tokens=16_384))
+    return Preset(BLIPConfig(TINY_SIGHT, TINY, TINY, space=128, text_positions=64, dropout=0.0, momentum=0.95,
+                             ring_rows=2048, ramp=0.2), LoopConfig(batch_tokens=16_384))
 
 
 def trimodal() -> Preset:
@@ -132,7 +136,9 @@ class Rows(TowerRows):
 
     def cost(self, lengths: Lengths) -> np.ndarray:
         """Tokens of each modality's own sequence; those of the text in three pairs, and as it is written."""
-        return super().cost(lengths) + 4 * self.sizes(lengths)["text"]
+        sizes = self.sizes(lengths)
+        has_context = sum(sizes.get(name, 0) for name in CONTEXTS) > 0
+        return super().cost(lengths) + 4 * sizes["text"] * has_context
 
     def packer(self) -> Packer:
         """With a view of what is written."""
@@ -165,8 +171,7 @@ class TextNetwork(nn.Module):
     def __init__(self, config: BLIPConfig, vocabulary: int) -> None:
         super().__init__()
         text = config.text
-        self.embedder = TextEmbedder(vocabulary, config.text_positions, text.width, 0.0, bare=True)
-        self.norm, self.dropout = nn.LayerNorm(text.width, config.text_epsilon), Dropout(config.dropout)
+        self.embedder = TextEmbedder(vocabulary, config.text_positions, text.width, config.dropout, config.text_epsilon)
         self.stack = Stack(text.layers, text.width, text.heads, text.inner, config.dropout, post_norm=True, cross=True,
                            epsilon=config.text_epsilon, context_width=config.image.width, writing=True)
 
@@ -183,12 +188,8 @@ class TextNetwork(nn.Module):
         layout = onto(words.lengths, context.lengths, words.hidden.device, rows)
         return States(self.stack(words.hidden, words.layout, context.hidden, layout, writing), words.lengths)
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Ids and their positions of any shape: (..., W)."""
-        return self.dropout(self.norm(self.embedder.at(ids, positions)))
-
     def _entries(self, text: TextTable, view: View, ids_N: Tensor) -> Tensor:
-        return self.embed(ids_N, text.positions[view.gather])
+        return self.embedder.at(ids_N, text.positions[view.gather])
 
 
 class Encoders(nn.Module):
@@ -205,7 +206,7 @@ class Encoders(nn.Module):
                                      "image": tower(PatchEmbedder(config.sight, image.width))})
         if config.hears:
             self.towers["audio"] = tower(FrameEmbedder(max(speech_width, 1), config.frame_positions, image.width, 0.0,
-                                                       epsilon, first=True))
+                                                       epsilon, first=True, masks=False))
         self.project = nn.ModuleDict({
             name: Projection(config.text.width if name == "text" else image.width, config.space, bias=True)
             for name in self.towers
@@ -238,7 +239,7 @@ class BLIP(TowerSystem):
         self.encoders = Encoders(config, tokenizer.size, facts.speech_width)
         self.match_head = nn.Linear(config.text.width, 2)
         self.word_head = TokenHead(config.text.width, tokenizer.size, config.text_epsilon)
-        self.contrast = MomentumContrast(self.modalities, config.space, config.ring)
+        self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
         self.apply(normal)
         self.twin = Twin(self.encoders, config.momentum)
 
@@ -251,7 +252,7 @@ class BLIP(TowerSystem):
         read = {name: self.encoders(name, batch) for name in self.modalities}
         kept = {name: self.twin(name, batch)[1] for name in self.modalities}
         found = self.contrast({name: vectors for name, (_, vectors) in read.items()}, kept, batch,
-                              self._alpha(progress))
+                              self.config.alpha(progress))
         terms = {name: dataclasses.replace(term, weight=self.config.contrast_weight)
                  for name, term in found.terms.items()}
         context = contexts({name: states for name, (states, _) in read.items()}, batch)
@@ -352,11 +353,6 @@ class BLIP(TowerSystem):
                        [sample.key for sample in samples])
         return [self.tokenizer.decode(ids) for ids in ids_BL.cpu().numpy()]
 
-    def _alpha(self, progress: Progress) -> float:
-        """Share of the contrast's target that the twin believes, now."""
-        config = self.config
-        return config.distillation * (min(1.0, progress.fraction / config.ramp) if config.ramp else 1.0)
-
 
 class Words:
     """The text network as it writes: a `Writer` (opt/nn/writing.py)."""
@@ -373,5 +369,5 @@ class Words:
         if parents_R is not None:
             for cache in caches:
                 cache.follow(position, parents_R)
-        hidden_RW = self.system.network.embed(ids_R, torch.full_like(ids_R, position))
+        hidden_RW = self.system.network.embedder.at(ids_R, torch.full_like(ids_R, position))
         return self.system.word_logits(self.system.network.stack.step(hidden_RW, position, caches))

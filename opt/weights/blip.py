@@ -143,9 +143,10 @@ def _words(source: Source, reader: str | None, writer: str | None) -> dict[str, 
 
 def _shared(source: Source, stem: str) -> dict[str, Tensor]:
     """Embedded words, and what all functions share of each layer."""
-    embedder = f"{TEXT}.embedder"
-    state = source.layer(f"{TEXT}.norm", f"{stem}embeddings.LayerNorm") | {
-        f"{embedder}.token.weight": source.take(f"{stem}embeddings.word_embeddings.weight"),
+    embedder, words = f"{TEXT}.embedder", source.take(f"{stem}embeddings.word_embeddings.weight")
+    state = source.layer(f"{embedder}.norm", f"{stem}embeddings.LayerNorm") | {
+        f"{embedder}.token.weight": words,
+        f"{embedder}.modality": torch.zeros_like(words[0]),  # all tokens are of one type, which has no vector
         f"{embedder}.position.weight": source.take(f"{stem}embeddings.position_embeddings.weight"),
     }
     for number in range(_layers(source, stem)):
@@ -157,7 +158,7 @@ def _shared(source: Source, stem: str) -> dict[str, Tensor]:
 
 def _projections(source: Source, twin: str) -> dict[str, Tensor]:
     """Into the shared space, where the checkpoint has it. BlipModel's own (behind a pooler) are of another network."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, theirs in (("image", f"vision_proj{twin}"), ("text", f"text_proj{twin}")):
         if source.has(f"{theirs}.weight"):
             state |= source.layer(f"project.{name}.linear", theirs)
@@ -221,7 +222,7 @@ def _config(
     return BLIPConfig(
         Sight(size=math.isqrt(len(tables[IMAGE]) - 1) * side, patch=side, **sight), sizes[IMAGE], sizes[TEXT],
         space=BLIPConfig.space if projected is None else len(projected), text_positions=len(tables[TEXT]),
-        image_epsilon=image_epsilon, ring=BLIPConfig.ring if queue is None else len(queue),
+        image_epsilon=image_epsilon, ring_rows=BLIPConfig.ring_rows if queue is None else len(queue),
         prompt=PROMPT if captioner else "",
     )  # fmt: skip
 

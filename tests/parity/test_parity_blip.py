@@ -225,7 +225,7 @@ def test_the_authors_file_fills_everything(tmp_path: Path, monkeypatch: pytest.M
     assert "new in the model: nothing" in shown
     assert "not used: 1\n  text_encoder.embeddings.position_ids" in shown
     system = from_pretrained(tmp_path / "ours")
-    assert isinstance(system, BLIP) and system.config.prompt == "" and system.config.ring == 6
+    assert isinstance(system, BLIP) and system.config.prompt == "" and system.config.ring_rows == 6
     assert system.contrast.temperature().item() == pytest.approx(20)
     torch.testing.assert_close(system.contrast.ring.text, state["text_queue"].T)
     assert system.contrast.ring.has_image.all() and int(system.contrast.ring.place) == 4
