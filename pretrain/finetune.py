@@ -18,16 +18,18 @@ from tyro.conf import Positional
 
 from opt.checkpoint import from_pretrained, read_history
 from opt.config import UserError, read_json
+from opt.data.plan import Plan
 from opt.data.questions import TRUTHS, Question, Questions, frequent_answers, normalise
 from opt.data.shards import ShardReader
 from opt.data.subset import Subset
 from opt.data.tokenizer import Tokenizer
 from opt.history import Stage, corpora_of
+from opt.objectives.term import loss
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.opt import OPT
-from opt.systems.opt.downstream import DownstreamRows
+from opt.systems.shared.asking import Answering
 from opt.systems.shared.tuning import Tuning
-from opt.systems.system import DataFacts, System, build
+from opt.systems.system import Progress, System, build
 from pretrain.limits import check
 from pretrain.parallel import processes, say
 from pretrain.run import train
@@ -90,26 +92,29 @@ def finetune(config: FinetuneConfig) -> None:
     """
     _check(config)
     start = from_pretrained(config.model)
-    if not isinstance(start, OPT):
-        raise UserError(f"{config.model} holds a model of system {start.name!r}; `opt finetune` tunes models of 'opt'")
+    if not hasattr(start.config, "tuning"):
+        raise UserError(f"{config.model} holds a model of system {start.name!r}, which has nothing to tune; go on with "
+                        f"its pretraining on your shards: `opt pretrain {start.name}.tiny --start model:{config.model}`")
     with processes() as device:
-        reader = _reader(config, start.facts)
-        system = tuned(start, _tuning(config, start, reader), config)
-        rows = system.preparer()
-        if isinstance(reader, Questions) and isinstance(rows, DownstreamRows):
-            rows.config.tuning.require(reader.sample(0))
+        reader = _reader(config, start)
+        tuning = _tuning(config, start, reader)
+        system = tuned(start, tuning, config)
+        if isinstance(reader, Questions):
+            tuning.require(reader.sample(0))
+        if isinstance(system, Answering):
+            _freeze_unused(system, reader)
         model = read_json(config.model / "config.json")["sha256"]
         stage = Stage("finetune", config.task, corpora_of(reader), f"model {model}")
         train(system, reader, config, device, (*read_history(config.model), stage), f"model {model}")
 
 
-def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
+def tuned(start: System, tuning: Tuning, config: FinetuneConfig) -> System:
     """The same model with the task in its configuration; heads that it lacks are new, seeded by the loop's seed."""
     model = dataclasses.replace(start.config, tuning=tuning)
-    if config.task in ALIGNED and start.align is None:
+    if config.task in ALIGNED and isinstance(start, OPT) and start.align is None:
         model = dataclasses.replace(model, alignment_weight=1.0, alignment_width=config.alignment_width)
     torch.manual_seed(config.loop.seed)
-    system = build("opt", model, start.tokenizer, start.facts)
+    system = build(start.name, model, start.tokenizer, start.facts)
     before = start.config.tuning
     same_list = (tuning.answers, tuning.pictures) == (before.answers, before.pictures)
     kept = {name: weight for name, weight in start.state_dict().items()
@@ -121,6 +126,21 @@ def tuned(start: OPT, tuning: Tuning, config: FinetuneConfig) -> System:
         answers = f", over {len(tuning.answers):,} answers" if "answer_head" in heads else ""
         say(f"new in this model: {', '.join(heads)}{answers}")
     return system
+
+
+def _freeze_unused(system: System, reader: ShardReader) -> None:
+    """Parts that the task does not reach stay as they are: found by the gradients of one question."""
+    rows = system.preparer()
+    plan = Plan(0, np.ones(1, np.int64), 1, rows.tasks, np.zeros(1, np.uint64), 1).batch_at(0)
+    output = system(rows({0: reader.sample(0, jpeg=True)}, plan), Progress(0, 0.0))
+    loss(output.terms).backward()
+    unused = [parameter for parameter in system.parameters() if parameter.requires_grad and parameter.grad is None]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    system.zero_grad()
+    if unused:
+        count = sum(parameter.numel() for parameter in unused)
+        say(f"{count:,} parameters are not reached by it, and stay as they are")
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -142,13 +162,14 @@ def _check(config: FinetuneConfig) -> None:
         raise UserError(f"--given {' '.join(config.given)}: name image, audio or both, each once")
 
 
-def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
+def _reader(config: FinetuneConfig, start: System) -> ShardReader:
     """The samples, or questions, that the task can use; says how many it cannot. Raises UserError when none is left."""
-    whole = ShardReader(config.shards)
-    facts.require_same(whole.manifest, config.shards)
+    whole, sees = ShardReader(config.shards), "pictures" if start.preparer().jpeg else "regions"
+    start.facts.require_same(whole.manifest, config.shards)
     if config.questions is not None:
-        if not whole.manifest.region_width:
-            raise UserError(f"{config.shards} holds no regions, without which questions would be answered blindly; "
+        seen = whole.lengths.jpegs if sees == "pictures" else whole.lengths.regions
+        if not seen.any():
+            raise UserError(f"{config.shards} holds no {sees}, without which questions would be answered blindly; "
                             "extract again with them")
         questions = Questions(whole, config.questions, answered=True)
         if questions.left_out:
@@ -168,7 +189,7 @@ def _reader(config: FinetuneConfig, facts: DataFacts) -> ShardReader:
     return Subset(whole, np.flatnonzero(useful))
 
 
-def _tuning(config: FinetuneConfig, start: OPT, reader: ShardReader) -> Tuning:
+def _tuning(config: FinetuneConfig, start: System, reader: ShardReader) -> Tuning:
     """The task and its settings; the list of answers stays the model's own unless this task makes one."""
     answers, pictures = start.config.tuning.answers, start.config.tuning.pictures
     if config.task == "vqa-classes":

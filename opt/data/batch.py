@@ -98,7 +98,8 @@ class Targets:
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. `keys` names its rows for error reports; `tokens` is the number of real tokens in all views;
-    `host` stays where it is: what a system must know without waiting for the device."""
+    `host` stays where it is: what a system must know without waiting for the device. `parts`: batches of one modality
+    each, where a system encodes these by themselves."""
 
     keys: list[str]
     tokens: int
@@ -112,10 +113,13 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     host: dict[str, np.ndarray] = field(default_factory=dict)
+    parts: dict[str, Batch] = field(default_factory=dict)
 
     @property
     def padded(self) -> int:
         """Tokens computed for the `tokens` real ones, padding and filler included."""
+        if self.parts:
+            return sum(part.padded for part in self.parts.values())
         layouts = [view.layout for view in self.views.values()] + [each.layout for each in self.writings.values()]
         return sum(layout.padded for layout in layouts) if layouts else self.tokens
 

@@ -8,7 +8,8 @@ Shape legend: B samples, S sequences, E width of the shared space, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from opt.config import UserError
 from opt.data.batch import Batch
 from opt.data.record import Sample
 from opt.nn.states import States
-from opt.systems.shared.rows import TowerRows
 from opt.systems.system import MODALITIES, System
 
 
@@ -31,8 +31,8 @@ class TowerSystem(System):
         """What it reads: text and pictures, and speech where it hears."""
         return MODALITIES if self.config.hears else ("text", "image")
 
-    def preparer(self) -> TowerRows:
-        """Samples -> a sequence a modality."""
+    def preparer(self) -> Any:
+        """Samples -> a sequence a modality: `TowerRows`, or what is asked by them."""
         raise NotImplementedError
 
     def encode(self, modality: str, batch: Batch) -> States:
@@ -48,8 +48,8 @@ class TowerSystem(System):
         """Each modality through its tower; several are averaged, as the pictures of a clip are, then unit length."""
         vectors = []
         for name in modalities:
-            batch, states = self._alone(samples, name)
-            found_SE, pictures = self.vector(name, states), batch.host["pictures"]
+            batch = self._inputs(samples, name)
+            found_SE, pictures = self.vector(name, self.encode(name, batch)), batch.host["pictures"]
             if name == "image" and len(found_SE) > len(samples):
                 sample_S = torch.from_numpy(np.repeat(np.arange(len(samples)), pictures)).to(self.device)
                 found_SE = normalize(found_SE.new_zeros(len(samples), found_SE.shape[1])
@@ -60,11 +60,11 @@ class TowerSystem(System):
     @torch.inference_mode()
     def alone(self, samples: Sequence[Sample], modality: str) -> States:
         """The tower's states of one modality; pictures of a clip one behind the other."""
-        batch, states = self._alone(samples, modality)
-        if modality != "image" or len(states) == len(samples):
-            return states
-        ends = np.cumsum(states.lengths)[np.cumsum(batch.host["pictures"]) - 1]
-        return States(states.hidden, np.diff(ends, prepend=0))
+        return self.unfused(modality, self._inputs(samples, modality))
+
+    def unfused(self, modality: str, batch: Batch) -> States:
+        """What one modality of `inputs` is before others join it; pictures of a clip one behind the other."""
+        return as_clips(self.encode(modality, batch), modality, batch)
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
@@ -78,9 +78,22 @@ class TowerSystem(System):
             parts += [states.first, sums_SD / length_S1]
         return torch.cat(parts, dim=1).float()
 
-    def _alone(self, samples: Sequence[Sample], modality: str) -> tuple[Batch, States]:
+    def pooled(self, parts: Mapping[str, States]) -> Tensor:
+        """One vector (P, W) of what sample p is in all `parts` together, each as `unfused` gives it."""
+        raise self._cannot("fuse a text with a picture")
+
+    def _inputs(self, samples: Sequence[Sample], modality: str) -> Batch:
+        """Raises UserError for a modality that this model does not read."""
         if modality not in self.modalities:
             raise UserError(f"this {self.name} reads {' and '.join(self.modalities)}, not {modality}: pretrain "
                             f"{self.name}.trimodal, or give --model.hears")
-        batch = self.preparer().inputs(samples, [modality]).to(self.device)
-        return batch, self.encode(modality, batch)
+        return self.preparer().inputs(samples, [modality]).to(self.device)
+
+
+def as_clips(states: States, modality: str, batch: Batch) -> States:
+    """Sequences of single pictures as those of whole samples."""
+    pictures = batch.host["pictures"]
+    if modality != "image" or len(states) == len(pictures):
+        return states
+    ends = np.cumsum(states.lengths)[np.cumsum(pictures) - 1]
+    return States(states.hidden, np.diff(ends, prepend=0))
