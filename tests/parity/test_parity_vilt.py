@@ -180,6 +180,57 @@ def test_log_odds_of_matching_equal_the_rank_of_transformers(tmp_path: Path) -> 
     assert (scores - expected).abs().min() > 1e-3
 
 
+AUTHORS = {
+    "vilt.embeddings.cls_token": "transformer.cls_token",
+    "vilt.embeddings.position_embeddings": "transformer.pos_embed",
+    "vilt.embeddings.patch_embeddings.projection": "transformer.patch_embed.proj",
+    "vilt.embeddings.text_embeddings": "text_embeddings",
+    "vilt.embeddings.token_type_embeddings": "token_type_embeddings",
+    "vilt.encoder.layer.": "transformer.blocks.",
+    "vilt.layernorm": "transformer.norm",
+    "vilt.pooler": "pooler",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+"""What stands in names of transformers, and in the authors'."""
+
+
+def as_the_authors_have_it(model: Any) -> dict[str, torch.Tensor]:
+    """The trunk of a model under the names of a .ckpt."""
+    state = dict(model.state_dict())
+    for name in [name for name in state if ".attention.query" in name]:
+        three = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(three)
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, authors in AUTHORS.items():
+            name = name.replace(theirs, authors)
+        renamed[name] = tensor
+    return renamed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fine_tuned", [True, False])
+def test_the_authors_layout_is_the_same_network(tmp_path: Path, fine_tuned: bool) -> None:
+    theirs = original("ViltForImageAndTextRetrieval", hidden_size=128, num_attention_heads=2, layer_norm_eps=1e-12)
+    state = as_the_authors_have_it(theirs)
+    state |= {"itm_score.fc.weight": torch.randn(2, 128), "itm_score.fc.bias": torch.randn(2)}
+    if not fine_tuned:
+        difference = state["itm_score.fc.weight"].diff(dim=0), state["itm_score.fc.bias"].diff(dim=0)
+        theirs.rank_output.weight.copy_(difference[0]), theirs.rank_output.bias.copy_(difference[1])
+        state = {name: tensor for name, tensor in state.items() if "rank_output" not in name}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "vilt.ckpt")
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    import_checkpoint(Import(tmp_path / "vilt.ckpt", "vilt", tmp_path / "ours", tmp_path / "vocab.txt"))
+    system = from_pretrained(tmp_path / "ours")
+    assert isinstance(system, ViLT)
+    expected = theirs(**words(system), **pixels(system, joined(system))).logits[:, 0]
+    torch.testing.assert_close(system.score(samples(), ("text", "image")), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_pixels_and_their_shapes_are_those_of_the_processor(tmp_path: Path) -> None:
     system = imported(original("ViltModel"), tmp_path)
     batch = joined(system)

@@ -22,7 +22,7 @@ def base() -> Preset:
     return Preset(
         ViLTConfig(),
         LoopConfig(steps=100_000, batch_tokens=1_700_000, workers=8, save_every=1000),
-        OptimConfig(learning_rate=1e-4, warmup=0.025, weight_decay=0.01),
+        OptimConfig(learning_rate=1e-4, warmup=0.025, decay="linear", final=0.0),
         vocabulary_size=30_522,
     )
 
