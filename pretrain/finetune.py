@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> None:
     start = from_pretrained(config.model)
     if not hasattr(start.config, "tuning"):
         raise UserError(f"{config.model} holds a model of system {start.name!r}, which has nothing to tune; go on with "
-                        f"its pretraining on your shards: `opt pretrain {start.name}.tiny --start model:{config.model}`")
+                        f"its pretraining: `opt pretrain {start.name}.tiny --start model:{config.model}`")
     with processes() as device:
         reader = _reader(config, start)
         tuning = _tuning(config, start, reader)

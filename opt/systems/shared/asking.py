@@ -89,7 +89,7 @@ class Answering(TowerSystem):
         tuning: Tuning = self.config.tuning
         if tuning.task not in ("pretraining", *ASKING):
             raise UserError(f"system {self.name!r} is tuned for {' and '.join(ASKING)}; instead of {tuning.task} go on "
-                            f"with its pretraining on your shards: `opt pretrain {self.name}.tiny --start model:FOLDER`")
+                            f"with its pretraining on your shards: `opt pretrain {self.name}.tiny --start model:...`")
         self.answer_head = AnswerHead(width * tuning.pictures, len(tuning.answers)) if tuning.answers else None
 
     def answered(self, batch: Batch) -> Output:
