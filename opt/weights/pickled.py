@@ -151,17 +151,16 @@ class Pickled:
 def _read_zip(path: Path, names: Iterable[str]) -> tuple[Any, dict[str, tuple[int, int]]]:
     """What was saved, and where each storage lies: first byte, bytes."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise UserError("it is compressed, which torch.save never does")
         program = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        folder = program.filename.removesuffix(".pkl") + "/"
+        storages = [entry for entry in archive.infolist() if entry.filename.startswith(folder)]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in (program, *storages)):
+            raise UserError("it is compressed, which torch.save never does")
         if program.file_size > MOST_PICKLE_BYTES:
             raise UserError(f"its pickle has {program.file_size:,} bytes, more than {MOST_PICKLE_BYTES:,}")
         root = InertUnpickler(io.BytesIO(archive.read(program)), names).load()
-        folder = program.filename.removesuffix(".pkl") + "/"
-        return root, {
-            entry.filename.removeprefix(folder): (_content(file, entry), entry.file_size)
-            for entry in archive.infolist() if entry.filename.startswith(folder)
-        }
+        return root, {entry.filename.removeprefix(folder): (_content(file, entry), entry.file_size)
+                      for entry in storages}
 
 
 def _content(file: IO[bytes], entry: zipfile.ZipInfo) -> int:

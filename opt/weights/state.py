@@ -1,15 +1,17 @@
 """State dicts from the formats that checkpoints come in, without running anything that a file says.
 
-    .safetensors | .pt, .pth, .bin (torch.save) | .pkl (pickle.dump of numpy arrays, as detectron2 writes)
-    | .index.json (names a file for each tensor)  --read_state--> {name: tensor}
+    .safetensors | .pt, .pth, .bin (torch.save; torch.jit.save, as OpenAI's CLIP) | .index.json (a file each tensor)
+    | .pkl (pickle.dump of numpy arrays, as detectron2 writes)  --read_state--> {name: tensor}
 
-A file of torch.save is read by torch, as far as it takes nothing but tensors and plain values from it; authors' files
-that hold their settings too, as objects of some class, by the inert reader of pickled.py.
+A file of torch.save is read by torch, as far as it takes nothing but tensors and plain values from it; what holds
+objects of some class too, settings or whole modules, by the inert reader of pickled.py.
 """
 
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opt.config import UserError, read_json
-from opt.weights.pickled import Pickled
+from opt.weights.pickled import Node, Pickled
 from opt.weights.pickled_arrays import PickledArrays
 
 WRAPPERS = ("model", "state_dict")
@@ -30,6 +32,9 @@ SETTINGS = (
       for name in ("dict", "list", "tuple", "int", "float", "bool", "str", "unicode", "bytes", "object", "long")),
 )
 """What stands beside the weights in authors' checkpoints: settings, meters, schedules. All of it stays inert."""
+MODULES = ("__torch__.*", *(f"torch.jit._pickle.{name}" for name in (
+    "build_tensorlist", "build_intlist", "build_doublelist", "build_boollist", "restore_type_tag")))
+"""What torch.jit.save names."""
 INDEX = ".index.json"
 
 
@@ -73,13 +78,32 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _saved(path: Path) -> dict[str, Tensor]:
-    """A file of torch.save."""
+    """A file of torch.save, or of torch.jit.save."""
+    if _is_of_jit(path):
+        file = Pickled(path, MODULES)
+        return dict(_module(file, file.root, ""))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose message advises to run what the file holds
         file = Pickled(path, SETTINGS)
         return {name: file.tensor(one) for name, one in _unwrap(file.root).items() if file.is_tensor(one)}
     return {name: one for name, one in _unwrap(content).items() if isinstance(one, Tensor)}
+
+
+def _is_of_jit(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _module(file: Pickled, node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's tensors, and those of the modules in it."""
+    for name, value in node.state.items():
+        if file.is_tensor(value):
+            yield prefix + name, file.tensor(value)
+        elif isinstance(value, Node) and isinstance(value.state, dict):
+            yield from _module(file, value, f"{prefix}{name}.")
 
 
 def _unwrap(content: Any) -> dict[str, Any]:

@@ -53,6 +53,19 @@ def test_tensors_wrapped_or_bare(tmp_path, suffix):
     assert {name: one.tolist() for name, one in read_state(path).items()} == {"weight": [0, 1, 2, 3]}
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.*deprecated")
+def test_modules_that_were_saved_whole(tmp_path):
+    """As OpenAI publishes CLIP, by torch.jit.save: the tensors are read, the code beside them is not."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.LayerNorm(4)))
+    module.register_buffer("context_length", torch.tensor(77))
+    module.half()
+    torch.jit.trace(module, torch.randn(2, 3).half()).save(tmp_path / "ViT.pt")
+    state = read_state(tmp_path / "ViT.pt")
+    assert set(state) == set(module.state_dict())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+
+
 class Program:
     """What a hostile file holds: a call."""
 
