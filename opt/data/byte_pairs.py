@@ -2,7 +2,8 @@
 
     vocab.json and merges.txt | tokenizer.json | bpe_simple_vocab_16e6.txt.gz --read--> ids, merges --build--> pieces
 
-Text is cleaned as transformers does it: composed characters (NFC), white space one blank, lower case.
+Text is cleaned as transformers does it: composed characters (NFC), white space one blank, lower case. OpenAI's own code
+mends more before (curly quotes, wide letters, HTML); on text without these the ids are the same.
 """
 
 from __future__ import annotations

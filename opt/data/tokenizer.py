@@ -81,14 +81,14 @@ class Tokenizer:
         return cls._from_word_pieces(path, SPECIALS)
 
     @classmethod
-    def from_bert(cls, folder: Path) -> Tokenizer:
-        """From a BERT's folder: its vocab.txt, or the tokenizer.json that newer ones have instead."""
-        return cls._from_word_pieces(_bert_file(folder), SPECIALS)
+    def from_bert(cls, path: Path) -> Tokenizer:
+        """From a BERT's folder, or its file: vocab.txt, or the tokenizer.json that newer ones have instead."""
+        return cls._from_word_pieces(_bert_file(path), SPECIALS)
 
     @classmethod
-    def from_blip(cls, folder: Path) -> Tokenizer:
-        """From a BLIP's folder or a BERT's; its own tokens [DEC] and [ENC] are appended where the files lack them."""
-        return cls._from_word_pieces(_bert_file(folder), BLIP_SPECIALS)
+    def from_blip(cls, path: Path) -> Tokenizer:
+        """From a BLIP's folder or file, or a BERT's; its own tokens [DEC] and [ENC] are appended where it lacks them."""
+        return cls._from_word_pieces(_bert_file(path), BLIP_SPECIALS)
 
     @classmethod
     def from_clip(cls, path: Path) -> Tokenizer:
@@ -229,7 +229,9 @@ class Tokenizer:
         return part
 
 
-def _bert_file(folder: Path) -> Path:
-    """The file of a folder that holds a BERT's words."""
-    words, definition = folder / "vocab.txt", folder / FILE
+def _bert_file(path: Path) -> Path:
+    """`path`, or the file of that folder that holds a BERT's words."""
+    if path.is_file():
+        return path
+    words, definition = path / "vocab.txt", path / FILE
     return definition if definition.is_file() and not words.is_file() else words

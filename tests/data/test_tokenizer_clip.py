@@ -164,6 +164,8 @@ def test_roles_are_those_of_the_vocabulary(tmp_path: Path) -> None:
 def test_blip_keeps_tokens_that_its_files_have(tmp_path: Path) -> None:
     blip = Tokenizer.from_blip(bert(tmp_path, [*BERT, "[ENC]", "[DEC]"]))
     assert (blip.enc, blip.bos, blip.size) == (len(BERT), len(BERT) + 1, len(BERT) + 2)
+    for reader in (Tokenizer.from_bert, Tokenizer.from_blip):
+        assert reader(tmp_path / "vocab.txt").fingerprint == reader(tmp_path).fingerprint
 
 
 def test_words_of_several_tokens(tmp_path: Path) -> None:
