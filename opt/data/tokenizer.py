@@ -87,7 +87,7 @@ class Tokenizer:
 
     @classmethod
     def from_blip(cls, path: Path) -> Tokenizer:
-        """From a BLIP's folder or file, or a BERT's; its own tokens [DEC] and [ENC] are appended where it lacks them."""
+        """From a BLIP's folder or file, or a BERT's; [DEC] and [ENC] are appended where it lacks them."""
         return cls._from_word_pieces(_bert_file(path), BLIP_SPECIALS)
 
     @classmethod
