@@ -38,13 +38,6 @@ def margin_ranking(true_M: Tensor, false_MK: Tensor, count: Tensor, margin: floa
     return Term(F.relu(margin + false_MK - true_M1).sum(), count)
 
 
-def draw_hard(scores_BC: Tensor, wrong_BC: Tensor) -> Tensor:
-    """A wrong candidate (B,) int64 for each query, the likelier the more right it looks: drawn by the softmax of the
-    scores, which are those of a contrast (ALBEF, arXiv 2107.07651, section 3.2). Every row needs a wrong candidate."""
-    chances_BC = scores_BC.detach().float().masked_fill(~wrong_BC, float("-inf")).softmax(dim=1)
-    return torch.multinomial(chances_BC, 1).squeeze(1)
-
-
 def draw_negatives(
     scores_BC: Tensor, wrong_BC: Tensor, key_B: Tensor, key_C: Tensor, salt: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -75,13 +68,6 @@ def _mixed(value: Tensor) -> Tensor:
 def _shifted(value: Tensor, bits: int) -> Tensor:
     """The upper 64 - `bits` bits of int64 as a number of at least 0."""
     return value >> bits & (1 << 64 - bits) - 1
-
-
-def pairs_match(true_P: Tensor, false_N: Tensor, count: Tensor) -> Term:
-    """Binary cross-entropy of the log-odds of true and of false pairs (ALBEF, Eq. 4)."""
-    logits, target = torch.cat([true_P, false_N]).float(), torch.zeros(len(true_P) + len(false_N), device=true_P.device)
-    target[: len(true_P)] = 1.0
-    return Term(F.binary_cross_entropy_with_logits(logits, target, reduction="sum"), count)
 
 
 def soft_classes(logits_MA: Tensor, target_MA: Tensor, count: Tensor) -> Term:

@@ -40,7 +40,7 @@ from opt.nn.towers import Tower
 from opt.objectives.masked import token_cross_entropy
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
-from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, pair_up, usable
+from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import MomentumContrast
 from opt.systems.shared.rows import Asked, TowerRow, TowerRows
 from opt.systems.shared.towers import TowerSystem
@@ -241,7 +241,7 @@ class ALBEF(TowerSystem):
             States.joined([text.of_all_ranks().take(pairs.text), hidden]), context.of_all_ranks(),
             np.concatenate([pairs.context, rank() * len(batch.keys) + own]),
         )
-        match = pairs.term(self.match_head(fused.first[: len(pairs.text)]), batch.counts["match"])
+        match = pairs.term(odds(self.match_head(fused.first[: len(pairs.text)])), batch.counts["match"])
 
         place_M, label_M = batch.targets["mlm"].index, batch.targets["mlm"].label
         logits_MV = self.encoders.words(embedding(place_M + len(fused.hidden) - len(hidden.hidden), fused.hidden))

@@ -38,7 +38,7 @@ from opt.nn.writing import write
 from opt.objectives.masked import token_cross_entropy
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
-from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, pair_up, usable
+from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import MomentumContrast
 from opt.systems.shared.rows import VIEWS, Asked, TowerRow, TowerRows
 from opt.systems.shared.towers import TowerSystem
@@ -261,7 +261,8 @@ class BLIP(TowerSystem):
         words = self.network.words(batch.text, batch.views["text"], self.tokenizer.enc)
         words = words.take(batch.host["rows"][:, 0]).of_all_ranks().take(pairing.text)
         judged = self.network.onto(words, context.of_all_ranks(), pairing.context)
-        terms["match"] = pairing.term(self.match_head(judged.first), batch.counts["match"], self.config.match_weight)
+        terms["match"] = pairing.term(odds(self.match_head(judged.first)), batch.counts["match"],
+                                      self.config.match_weight)
 
         words = self.network.words(batch.text, batch.views[WRITING], self.tokenizer.bos)
         written = self.network.onto(words, context, np.flatnonzero(usable(batch)), writing=True)
@@ -315,26 +316,28 @@ class BLIP(TowerSystem):
             parts += [states.first, mean_SW]
         return torch.cat(parts, dim=1).float()
 
-    def pooled(self, parts: Mapping[str, States]) -> Tensor:
-        """The state of [ENC] (P, W): the text of each sample, looking at its other parts."""
-        given = [parts[name] for name in CONTEXTS if name in parts]
-        if "text" not in parts or not given:
-            raise self._cannot(f"judge {' and '.join(parts)}: it judges a text by a picture, speech or both")
-        return self.network.onto(parts["text"], beside(given), np.arange(len(parts["text"]))).first
-
     @torch.inference_mode()
     def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
         """The logit (P,) of "match", to which the cosine is added (`cosine_weight`; the authors' evaluation)."""
-        return self._judge(parts, rows)[:, 1]
+        return self.match_head(self._pooled(parts, rows)).float()[:, 1]
 
     @torch.inference_mode()
     def match_probability(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
-        """Probability (P,) of "match" against "no match", for the samples that `fuse` takes."""
-        return self._judge(parts, rows).softmax(dim=1)[:, 1]
+        """Probability (P,) of "match" against "no match", for what `fuse` takes."""
+        return self.match_head(self._pooled(parts, rows)).float().softmax(dim=1)[:, 1]
 
-    def _judge(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
-        """Logits (P, 2) float32 of "no match" and "match"."""
-        return self.match_head(self.pooled({name: parts[name].take(rows[name]) for name in rows})).float()
+    def pooled(self, parts: Mapping[str, States]) -> Tensor:
+        """The state of [ENC] (P, W): the text of each sample, looking at its other parts."""
+        return self._pooled(parts, {name: np.arange(len(part)) for name, part in parts.items()})
+
+    def _pooled(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
+        """What many texts look at is turned to keys and values once."""
+        seen = [name for name in CONTEXTS if name in rows]
+        if "text" not in rows or not seen:
+            raise self._cannot(f"judge {' and '.join(rows)}: it judges a text by a picture, speech or both")
+        distinct, context = np.unique(np.stack([rows[name] for name in seen], axis=1), axis=0, return_inverse=True)
+        looked_at = beside([parts[name].take(distinct[:, place]) for place, name in enumerate(seen)])
+        return self.network.onto(parts["text"].take(rows["text"]), looked_at, context.reshape(-1)).first
 
     @property
     def cosine_weight(self) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opt.objectives.matching import draw_hard, margin_ranking, pairs_match, soft_classes
+from opt.objectives.matching import margin_ranking, soft_classes
 
 
 def sigmoid(value: float) -> float:
@@ -45,21 +45,3 @@ def test_no_rows_give_zero_with_a_gradient() -> None:
         assert term.mean().item() == 0.0
         term.total.backward()
     assert logits.grad is not None
-
-
-def test_hard_candidates_are_wrong_and_drawn_by_the_softmax_of_their_scores() -> None:
-    torch.manual_seed(0)
-    scores = torch.tensor([[9.0, 1.0, 0.0, 2.0]])
-    wrong = torch.tensor([[False, True, True, True]])
-    drawn = torch.stack([draw_hard(scores.expand(1000, 4), wrong.expand(1000, 4)) for _ in range(20)]).flatten()
-    shares = torch.bincount(drawn, minlength=4) / len(drawn)
-    expected = torch.tensor([0.0, *torch.tensor([1.0, 0.0, 2.0]).softmax(0)])
-    torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)
-
-
-def test_pairs_match_is_binary_cross_entropy() -> None:
-    true, false = torch.tensor([2.0, -1.0]), torch.tensor([0.5])
-    expected = -(true.sigmoid().log().sum() + (1 - false.sigmoid()).log().sum())
-    term = pairs_match(true, false, torch.tensor(3.0))
-    torch.testing.assert_close(term.total, expected)
-    assert term.mean() == term.total / 3

@@ -13,7 +13,7 @@ from opt.data.plan import BatchPlan, Plan
 from opt.data.record import Lengths
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, tiny
-from opt.systems.opt import model as opt_model
+from opt.systems.shared import matching
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, Sampling, compose
 
@@ -129,7 +129,7 @@ def test_questions_are_asked_of_text_and_picture_alone() -> None:
 ])
 def test_soft_targets_by_hand(answers: tuple[str, ...], scores: dict[int, float]) -> None:
     system = model("vqa-classes")
-    assert system.preparer().scores(answers) == pytest.approx(scores)
+    assert system.config.tuning.scores(answers) == pytest.approx(scores)
     samples = {0: dataclasses.replace(SAMPLES[0], answers=answers)}
     batch = batch_of(system, samples)
     logits = system.eval().answer_head(system.pooler(system.encode(batch)[1]))
@@ -178,7 +178,10 @@ def test_a_tuned_model_still_does_the_rest() -> None:
 
 def test_hard_pairs_are_the_wrong_ones_that_the_alignment_likes_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same pairs put together as samples and scored one by one."""
-    monkeypatch.setattr(opt_model, "draw_hard", lambda scores, wrong: scores.masked_fill(~wrong, -1e9).argmax(1))
+    def likeliest(scores: torch.Tensor, wrong: torch.Tensor, *keys: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return scores.masked_fill(~wrong, -1e9).argmax(1), wrong.any(1)
+
+    monkeypatch.setattr(matching, "draw_negatives", likeliest)
     samples = {**SAMPLES, 3: dataclasses.replace(SAMPLES[3], key="sample2")}  # two tellings of one picture
     system = model("retrieval-hard").eval()
     batch = batch_of(system, samples)
@@ -193,8 +196,8 @@ def test_hard_pairs_are_the_wrong_ones_that_the_alignment_likes_best(monkeypatch
     target = torch.tensor([1.0] * len(asked) + [0.0] * (2 * len(asked)))
     term = system(batch, Progress(0, 0.0)).terms["hard"]
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-    torch.testing.assert_close(term.total, expected, rtol=1e-4, atol=1e-4)
-    assert term.count == 3 * len(asked)
+    torch.testing.assert_close(term.total, expected / 3, rtol=1e-4, atol=1e-4)
+    assert term.count == len(asked)
 
 
 def _plan_order(system: OPT, samples: dict) -> np.ndarray:

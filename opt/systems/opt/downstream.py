@@ -26,10 +26,11 @@ from opt.data.pack import Packer, Place
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
+from opt.nn.states import ABSENT
 from opt.systems.opt.collect import Clean, Collected
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.rows import Rows
-from opt.systems.shared.pairs import alignment_pairs
+from opt.systems.shared.pairs import alignment_pairs, picture_number
 from opt.systems.system import MODALITIES
 
 TRUE, OTHER_PICTURE, OTHER_TEXT = range(3)
@@ -75,7 +76,7 @@ class DownstreamRows(Rows):
                 answers = samples[number].answers
                 drawn = corrupt.row_generator(int(plan.key[row])).integers(len(answers))
                 work.write(number, ("text", "image"), answers[drawn])
-        return work.batch(plan.sample.tolist())
+        return work.batch(plan)
 
     def questions(self, samples: Sequence[Sample]) -> Batch:
         """Questions to be answered from the list: sequences of question and picture, `Tuning.about` a sample.
@@ -144,8 +145,9 @@ class _Work:
             places.append(self.packer.sequence("encoder", self.rows.join(self.packer, words | seen)))
         return places
 
-    def batch(self, rows: list[int]) -> Batch:
-        """Everything packed, `rows` being the sample of each; targets of tasks that are not trained are empty."""
+    def batch(self, plan: BatchPlan) -> Batch:
+        """Everything packed; targets of tasks that are not trained are empty."""
+        rows = plan.sample.tolist()
         none, pairs = Collected(), alignment_pairs([self.cleans[number] for number in rows])
         asked = _integers(self.asked, self.rows.config.tuning.pictures)
         targets = {**none.targets(), "answer": Targets(asked, _integers(self.answers, 2))}
@@ -154,11 +156,21 @@ class _Work:
             extra["ranked"] = _integers(self.ranked, 3)
         counts = {name: len(target.index) for name, target in targets.items()}
         counts |= {name: len(pair) for name, pair in pairs.items()} | {"ranked": 2 * len(self.ranked)}
+        host = {}
         if self.rows.task == "retrieval-hard":
-            pictures = pairs["align_text_image"][:, 2]
-            counts["hard"] = len(pictures) * (3 if len(pictures.unique()) > 1 else 1)
+            host = self._matched_with(rows)
+            extra["row_key"] = torch.from_numpy(plan.key.view(np.int64))
+            extra["picture"] = torch.tensor([picture_number(self.samples[number]) for number in rows])
+            counts["hard"] = len(pairs["align_text_image"])
         keys = [self.samples[number].key for number in rows]
-        return self.packer.batch(keys, targets, extra, counts, writings=("text", "codes"))
+        return self.packer.batch(keys, targets, extra, counts, ("text", "codes"), host)
+
+    def _matched_with(self, rows: list[int]) -> dict[str, np.ndarray]:
+        """Each row's sequences by modality, and that its picture is what its text is matched with."""
+        alone = [self.cleans[number].alone for number in rows]
+        numbers = [[each[name].number if name in each else ABSENT for name in MODALITIES] for each in alone]
+        context = [["image" in each, False] for each in alone]
+        return {"rows": np.array(numbers, np.int64), "context": np.array(context, bool)}
 
     def _clean(self, number: int, modalities: tuple[str, ...]) -> Clean:
         if number not in self.cleans:

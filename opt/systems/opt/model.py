@@ -25,12 +25,14 @@ from opt.nn.ranking import rank
 from opt.nn.states import States, side_by_side
 from opt.nn.writing import write
 from opt.objectives.masked import feature_regression, frame_contrast, token_cross_entropy
-from opt.objectives.matching import ALL_MATCH, draw_hard, five_way, margin_ranking, pairs_match, soft_classes
+from opt.objectives.matching import ALL_MATCH, five_way, margin_ranking, soft_classes
 from opt.objectives.term import Term
 from opt.systems.opt.config import OPTConfig
 from opt.systems.opt.downstream import OTHER_PICTURE, TRUE, DownstreamRows
 from opt.systems.opt.rows import Rows
-from opt.systems.opt.sequences import highest_region, on_host, padded, part
+from opt.systems.opt.sequences import highest_region, padded, part
+from opt.systems.shared.matching import pair_up
+from opt.systems.shared.momentum import Contrasted, by_row, gathered
 from opt.systems.shared.pairs import contrasts
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress, Sampling, System
 
@@ -170,24 +172,18 @@ class OPT(System):
 
     def _hard_pairs(self, first_SD: Tensor, batch: Batch) -> dict[str, Term]:
         """Fine-tuning for retrieval: each true pair, its text with the picture and its picture with the text of another
-        that the alignment takes for right (ALBEF, section 3.2), out of this process's micro-batch. Which ones is known
-        on the host only after the first encoding: the one step that waits for the device."""
-        if self.align is None or self.temperature is None or "hard" not in batch.counts:
+        that the alignment takes for right (ALBEF, section 3.2), of all ranks."""
+        if self.align is None or self.temperature is None or "context" not in batch.host:
             return {}
-        text_B, image_B, picture_B = batch.extra["align_text_image"].unbind(1)
-        entries, own = self._entries(batch), np.arange(len(text_B))
-        text, image = part(batch, entries, text_B, 0), part(batch, entries, image_B, 1)
-        wrong_BB = picture_B[:, None] != picture_B
-        if len(set(picture_B.tolist())) < 2:
-            texts, images = own, own
-        else:
-            text_BE, image_BE = self.align["text"](first_SD[text_B]), self.align["image"](first_SD[image_B])
-            scores_BB = self.temperature() * text_BE @ image_BE.T
-            other_image, other_text = (on_host(draw_hard(scores, wrong_BB)) for scores in (scores_BB, scores_BB.T))
-            texts, images = np.concatenate([own, own, other_text]), np.concatenate([own, other_image, own])
+        rows, entries = batch.host["rows"], self._entries(batch)
+        online = {name: self.align[name](by_row(first_SD, rows[:, MODALITIES.index(name)])) for name in MODALITIES}
+        keys = {name: gathered(vectors) for name, vectors in online.items()}
+        pairs = pair_up(Contrasted({}, online, keys, gathered(batch.extra["picture"]), {}), batch, self.temperature())
+        text, image = part(batch, entries, rows[:, 0], 0), part(batch, entries, rows[:, 1], 1)
         with uncompiled():
-            logits_P = self._matched({"text": text.take(texts), "image": image.take(images)})[:, ALL_MATCH]
-        return {"hard": pairs_match(logits_P[: len(own)], logits_P[len(own) :], batch.counts["hard"])}
+            logits_P5 = self._matched({"text": text.of_all_ranks().take(pairs.text),
+                                       "image": image.of_all_ranks().take(pairs.context)})
+        return {"hard": pairs.term(logits_P5[:, ALL_MATCH], batch.counts["hard"])}
 
     def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:
         """Fine-tuning for questions: how right each answer of the list is (gap A22), by [CLS] of each picture."""

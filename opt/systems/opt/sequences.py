@@ -11,21 +11,17 @@ from torch import Tensor, nn
 
 from opt.data.batch import Batch
 from opt.data.layout import ranges
-from opt.nn.states import States
+from opt.nn.states import ABSENT, States
 
 
-def part(batch: Batch, entries: Tensor, sequences: np.ndarray | Tensor, skipped: int) -> States:
-    """The entries of whole sequences (B,) of the encoder's view, each without its first `skipped`."""
-    view = batch.views["encoder"]
-    borders, chosen = on_host(view.layout.query_borders), on_host(sequences)
-    starts, lengths = borders[chosen] + skipped, np.diff(borders)[chosen] - skipped
-    index = torch.from_numpy(ranges(starts, lengths)).to(entries.device)
+def part(batch: Batch, entries: Tensor, rows: np.ndarray, skipped: int) -> States:
+    """The entries of the sequences `rows` (B,) of the encoder's view, each without its first `skipped`; none where it is
+    ABSENT."""
+    view, absent = batch.views["encoder"], rows == ABSENT
+    starts = np.cumsum(view.lengths) - view.lengths
+    lengths = np.where(absent, 0, view.lengths[rows] - skipped)
+    index = torch.from_numpy(ranges(starts[rows] + skipped, lengths)).to(entries.device)
     return States(nn.functional.embedding(view.gather[index], entries), lengths)
-
-
-def on_host(values: np.ndarray | Tensor) -> np.ndarray:
-    """int64, by way of numbers: of tensors without values this is an error of its own kind (pretrain/estimate.py)."""
-    return np.array(values.tolist(), np.int64)
 
 
 def padded(batch: Batch, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,12 +62,17 @@ class Pairing:
     true: int
     share: Tensor
 
-    def term(self, logits_P2: Tensor, count: Tensor, weight: float = 1.0) -> Term:
-        """Cross entropy of "no match" and "match" (ALBEF, Eq. 4), the mean over each row's pairs."""
-        label_P = torch.zeros(len(logits_P2), dtype=torch.int64, device=logits_P2.device)
-        label_P[: self.true] = 1
-        loss_P = torch.nn.functional.cross_entropy(logits_P2.float(), label_P, reduction="none")
+    def term(self, odds_P: Tensor, count: Tensor, weight: float = 1.0) -> Term:
+        """Binary cross-entropy of the log-odds of "match" (ALBEF, Eq. 4), the mean over each row's pairs."""
+        label_P = torch.zeros_like(odds_P, dtype=torch.float32)
+        label_P[: self.true] = 1.0
+        loss_P = torch.nn.functional.binary_cross_entropy_with_logits(odds_P.float(), label_P, reduction="none")
         return Term((self.share * loss_P).sum(), count, weight)
+
+
+def odds(logits_P2: Tensor) -> Tensor:
+    """Log-odds (P,) of "match", the second class, against "no match"."""
+    return logits_P2[:, 1] - logits_P2[:, 0]
 
 
 def pair_up(contrast: Contrasted, batch: Batch, scale: Tensor) -> Pairing:
