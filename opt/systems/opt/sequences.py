@@ -15,8 +15,8 @@ from opt.nn.states import ABSENT, States
 
 
 def part(batch: Batch, entries: Tensor, rows: np.ndarray, skipped: int) -> States:
-    """The entries of the sequences `rows` (B,) of the encoder's view, each without its first `skipped`; none where it is
-    ABSENT."""
+    """The entries of the sequences `rows` (B,) of the encoder's view, each without its first `skipped`; of ABSENT ones
+    none."""
     view, absent = batch.views["encoder"], rows == ABSENT
     starts = np.cumsum(view.lengths) - view.lengths
     lengths = np.where(absent, 0, view.lengths[rows] - skipped)

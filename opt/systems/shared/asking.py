@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from opt.systems.shared.towers import TowerSystem
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Output
 
+Rows = TypeVar("Rows", bound=TowerRows)
 ASKING = ("vqa-classes", "nlvr2")
 """Tasks that are answered from a list."""
 
@@ -70,7 +72,7 @@ class AskedRows:
         return dataclasses.replace(batch, parts=parts, tokens=sum(part.tokens for part in parts.values()))
 
 
-def asked(rows: TowerRows, tuning: Tuning) -> TowerRows | AskedRows:
+def asked(rows: Rows, tuning: Tuning) -> Rows | AskedRows:
     """The preparer of a system, or of its model tuned for questions."""
     return rows if tuning.task == "pretraining" else AskedRows(rows, tuning)
 
