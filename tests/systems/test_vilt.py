@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import FACTS, WORDS, tokenizer
-from shrunken import batch_of, made, sample
+from shrunken import batch_of, made, rows, sample
 
 from opt.config import UserError
 from opt.data.batch import Batch
@@ -16,6 +16,7 @@ from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.objectives.term import loss
 from opt.systems.shared.config import Sizes
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, build
 from opt.systems.vilt import ViLT, ViLTConfig
 from opt.systems.vilt.rows import MATCHED
@@ -42,10 +43,10 @@ class Reader:
     def __init__(self, batch: Batch, samples: dict[int, Sample], system: ViLT) -> None:
         self.batch, self.words, self.frames = batch, len(batch.text.ids), len(batch.frames.masked)
         self.speech = {each.speech[0].tobytes(): number for number, each in samples.items()}
-        rows = system.preparer()
-        self.pixels = {}
+        preparer = system.preparer()
+        self.pixels: dict[bytes, set[int]] = {}
         for number, each in samples.items():
-            for patch in rows.inputs([each], ["image"]).patches.pixels:
+            for patch in preparer.inputs([each], ["image"]).patches.pixels:
                 self.pixels.setdefault(patch.numpy().tobytes(), set()).add(number)
 
     def entries(self, start: int) -> torch.Tensor:
@@ -165,11 +166,11 @@ def test_word_patch_alignment_leaves_special_tokens_out() -> None:
 @pytest.mark.parametrize("names", MATCHED)
 def test_pairs_are_scored_as_they_were_trained(names: tuple[str, ...]) -> None:
     system, chosen = vilt(), [sample(number) for number in (3, 4, 5)]
-    rows = system.preparer()
-    packer = rows.packer()
+    preparer = system.preparer()
+    packer = preparer.packer()
     for each in chosen:
-        tables, _ = rows.tables(packer, each, names)
-        rows.join(packer, {name: part for name, (part,) in tables.items()})
+        tables, _ = preparer.tables(packer, each, names)
+        preparer.join(packer, {name: part for name, (part,) in tables.items()})
     batch = packer.batch(["3", "4", "5"], {}, {}, {})
     logits = system.match_head(system.pooler(system.read(batch)[batch.views["encoder"].first]))
     scores = system.score(chosen, names)
@@ -197,6 +198,23 @@ def test_vectors_and_features() -> None:
     assert system.alone([clip, chosen[2]], "image").lengths.tolist() == [alone[0] + alone[1], alone[2]]
     assert system.features(chosen, ["image", "text"]).shape == (3, 32)
     assert system.cosine_weight > 1 and vilt("vilt.tiny").cosine_weight == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["vqa-classes", "nlvr2"])
+def test_questions_are_answered_by_the_pooled_state_beside_each_picture(task: str) -> None:
+    count = 2 if task == "nlvr2" else 1
+    system = vilt("vilt.tiny", tuning=Tuning(task, answers=("yes", "no", "red"), pictures=count))
+    asked = [dataclasses.replace(sample(number), answers=("no",), pictures=tuple(
+        picture for each in range(count) for picture in sample(number + each).pictures)) for number in range(6)]
+    batch = system.preparer()(dict(enumerate(asked)), rows(system, dict(enumerate(asked))))
+    assert system(batch, EARLY).terms.keys() == {"answer"}
+    words = system.alone(asked, "text")
+    pooled = [system.pooled({"text": words, "image": system.alone([dataclasses.replace(
+        one, pictures=one.pictures[turn : turn + 1]) for one in asked], "image")}) for turn in range(count)]
+    best = system.answer_head(torch.cat(pooled, dim=1)).argmax(dim=1)
+    assert system.answer(asked) == [("yes", "no", "red")[place] for place in best.tolist()]
+    assert system.answer(asked[::-1]) == system.answer(asked)[::-1]
 
 
 def test_what_it_cannot_do_is_said() -> None:

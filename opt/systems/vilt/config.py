@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Fixed, Suppress
 
 from opt.data.pixels import Sight
 from opt.systems.shared.config import Sizes, require
+from opt.systems.shared.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ViLTConfig:
     paper, where pairs are found by matching all with all."""
     space: int = 256
     """Width of the shared space, where there is a contrast."""
+    tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
+    """What the model was fine-tuned for."""
 
     def __post_init__(self) -> None:
         require(self, (

@@ -10,6 +10,7 @@ Shape legend: N packed tokens, S sequences or rows, M targets, T words, P patche
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from opt.nn.states import States, side_by_side
 from opt.objectives.alignment import word_patch, word_patch_distance
 from opt.objectives.masked import token_cross_entropy
 from opt.objectives.term import Term
+from opt.systems.shared.asking import Answering, asked
 from opt.systems.shared.pairs import contrasts
-from opt.systems.shared.towers import TowerSystem
+from opt.systems.shared.towers import as_clips
 from opt.systems.system import DataFacts, Output, Progress
 from opt.systems.vilt.config import ViLTConfig
 from opt.systems.vilt.rows import Rows
@@ -37,7 +39,7 @@ TYPES = {"text": 0, "image": 1, "audio": 2}
 """Rows of the table of modality types."""
 
 
-class ViLT(TowerSystem):
+class ViLT(Answering):
     """arXiv 2102.03334."""
 
     name = "vilt"
@@ -61,14 +63,17 @@ class ViLT(TowerSystem):
         if config.contrast_weight > 0:
             self.project = nn.ModuleDict({name: Projection(width, config.space) for name in config.reads})
             self.temperature = Temperature()
+        self.begin_answering(width)
         self.apply(normal)
 
-    def preparer(self) -> Rows:
-        """Samples -> masked rows and rows to match."""
-        return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities)
+    def preparer(self) -> Any:
+        """Samples -> masked rows and rows to match: `Rows`, or questions, where it is tuned for them."""
+        return asked(Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities), self.config.tuning)
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Encode everything once, then ask each head about its own rows."""
+        if "answer" in batch.targets:
+            return self.answered(batch)
         hidden_ND = self.read(batch)
         return Output({
             **self._masked_words(hidden_ND, batch),
@@ -133,26 +138,23 @@ class ViLT(TowerSystem):
             raise self._cannot("embed (it was trained with contrast-weight 0; score pairs by matching instead)")
         return self.project[modality](states.first)
 
-    @torch.inference_mode()
-    def alone(self, samples: Sequence[Sample], modality: str) -> States:
+    def unfused(self, modality: str, batch: Batch) -> States:
         """Embedded words, patches or frames. The encoder mixes modalities from its first layer on, so that this is all
         that pairs can share."""
-        if modality not in self.modalities:
-            raise self._cannot(f"read {modality} (pretrain vilt.trimodal, or give --model.hears)")
-        batch = self.preparer().inputs(samples, [modality]).to(self.device)
         states = States.of(self._embedded(batch), batch.views["encoder"])
         if modality == "audio":  # [CLS] stands before whole sequences only: see `_together`
-            return _slices(states, states.starts + 1, states.lengths - 1)
-        if modality == "image":  # pictures of a clip one behind the other
-            lengths = np.add.reduceat(states.lengths, np.cumsum(batch.host["pictures"]) - batch.host["pictures"])
-            return States(states.hidden, lengths)
-        return states
+            index = torch.from_numpy(ranges(states.starts + 1, states.lengths - 1)).to(self.device)
+            states = States(nn.functional.embedding(index, states.hidden), states.lengths - 1)
+        return as_clips(states, modality, batch)
+
+    def pooled(self, parts: Mapping[str, States]) -> Tensor:
+        """The first state of all parts together, pooled: (P, D)."""
+        return self.pooler(self._together(parts).first)
 
     @torch.inference_mode()
     def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
         """Log-odds of the matching head."""
-        states = self._together({name: parts[name].take(rows[name]) for name in parts})
-        logits_P2 = self.match_head(self.pooler(states.first)).float()
+        logits_P2 = self.match_head(self.pooled({name: parts[name].take(rows[name]) for name in parts})).float()
         return logits_P2[:, 1] - logits_P2[:, 0]
 
     @property
@@ -183,8 +185,3 @@ class ViLT(TowerSystem):
         embedded_1D = self.text(TextTable(cls, torch.zeros_like(cls))) + self.types.weight[TYPES["text"]]
         return States(embedded_1D.expand(count, -1), np.ones(count, np.int64))
 
-
-def _slices(states: States, starts: np.ndarray, lengths: np.ndarray) -> States:
-    """So many entries from `starts` on, of each sample."""
-    index = torch.from_numpy(ranges(starts, lengths)).to(states.hidden.device)
-    return States(nn.functional.embedding(index, states.hidden), lengths)
