@@ -162,7 +162,9 @@ def _transformers(source: Source) -> dict[str, Any]:
     if (kind := source.settings.get("model_type")) != "clip":
         raise UserError(f"{source.path}: model_type is {kind!r}, expected 'clip'; give the folder of a CLIP, with its "
                         "config.json")
-    text, vision = source.settings.get("text_config") or {}, source.settings.get("vision_config") or {}
+    said = source.settings
+    text, vision = ({**(said.get(f"{part}_config") or {}), **(said.get(f"{part}_config_dict") or {})}
+                    for part in ("text", "vision"))  # older files have either, or both
     same = {}
     for name, usual in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
         same[name] = text.get(name, usual)
@@ -172,9 +174,8 @@ def _transformers(source: Source) -> dict[str, Any]:
     if same["hidden_act"] not in ("gelu", "quick_gelu"):
         raise UserError(f"{source.path}: hidden_act is {same['hidden_act']!r}, expected gelu or quick_gelu")
     heads = {TEXT: text.get("num_attention_heads", 8), IMAGE: vision.get("num_attention_heads", 12)}
-    said = source.preprocessing
-    sight = {ours: tuple(said[theirs]) for ours, theirs in (("mean", "image_mean"), ("deviation", "image_std"))
-             if theirs in said}
+    sight = {ours: tuple(source.preprocessing[theirs])
+             for ours, theirs in (("mean", "image_mean"), ("deviation", "image_std")) if theirs in source.preprocessing}
     return {"heads": heads, "activation": same["hidden_act"], "epsilon": same["layer_norm_eps"],
             "sight": {"fit": "crop", **sight}}
 

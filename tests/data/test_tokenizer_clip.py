@@ -63,6 +63,7 @@ def test_ids_equal_those_of_open_clip_and_transformers(tmp_path: Path) -> None:
     assert len(ids) == 5000 and ids == [reference.encode(caption) for caption in captions]
     model = definition(tokenizer, tmp_path)
     transformers_folder(tmp_path, model["vocab"], [" ".join(merge) for merge in model["merges"]])
+    assert Tokenizer.from_clip(tmp_path / "vocab.json").fingerprint == tokenizer.fingerprint
     theirs = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     assert ids == theirs(captions, add_special_tokens=False)["input_ids"]
     tricky = ["Don’t — “the”\u00a0漢字\tcafé cafe\u0301!", "ﬁ Ａ &amp; 🙂 1234x", "İ ẞ", "x" * 200, "", "they'll it'S"]

@@ -170,6 +170,20 @@ def test_towers_vectors_and_loss_equal_those_of_open_clip(tmp_path: Path, quick:
     torch.testing.assert_close(training_loss(system), theirs, **EXACT)
 
 
+def test_older_settings(tmp_path: Path) -> None:
+    """OpenAI's folders have the settings of the towers under another name, or under both."""
+    original = of_transformers("gelu")
+    original.save_pretrained(tmp_path)
+    words_file(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    for part in ("text", "vision"):
+        settings[f"{part}_config_dict"] = settings.pop(f"{part}_config")
+    path.write_text(json.dumps({**settings, "text_config": {"hidden_act": "quick_gelu"}, "vision_config": None}))
+    config = imported(tmp_path, tmp_path / "ours").config
+    assert (config.activation, config.text.heads, config.image.heads) == ("gelu", 4, 3)
+
+
 def test_one_file_of_openai_computes_quick_gelu_and_others_must_say(tmp_path: Path) -> None:
     state = {**of_open_clip(True, head=64)[0].state_dict(), "input_resolution": torch.tensor(SIZE),
              "context_length": torch.tensor(POSITIONS), "vocab_size": torch.tensor(WORDS)}
