@@ -129,7 +129,8 @@ def measure(task: Task, config: RetrievalConfig) -> Findings:
         found |= {(direction, way): search for way, search in _searches(setting, direction, able).items()}
     if not found:
         reason = next(iter(absent.values()), "no direction of --directions is in --matched-directions")
-        others = f", nor what {len(absent) - 1} other directions need" if len(absent) > 1 else ""
+        more = len(absent) - 1
+        others = f"; nor is there what {more} other direction{'s need' if more > 1 else ' needs'}" if more > 0 else ""
         raise UserError(f"nothing to search: {reason}{others}")
     shared = _captions_of_several_pictures(task.split)
     metrics = [metric for key, search in found.items() for metric in _recalls(setting, config, *key, search, shared)]

@@ -149,7 +149,7 @@ def test_numbers_out_of_range(evaluation, verb: str, option: str):
 @pytest.mark.parametrize(
     ("verb", "shards", "said"),
     [
-        ("eval retrieval", "text", "hold no caption with a picture, nor what 11 other directions need"),
+        ("eval retrieval", "text", "hold no caption with a picture; nor is there what 11 other directions need"),
         ("eval retrieval", "picture", "hold no"),
         ("eval retrieval", "speech", "hold no"),
         ("eval transcribe", "text", "no recording with its words"),
