@@ -15,7 +15,7 @@ tokens, R rows of the decoder, V words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Activation, Block, BlockCache, Stack
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection, Temperature
-from opt.nn.init import normal
+from opt.nn.init import by_width
 from opt.nn.pool import AttentionalPooler
 from opt.nn.sampling import Sampling
 from opt.nn.states import ABSENT, States, beside
@@ -113,17 +113,14 @@ def base() -> Preset:
 
 def tiny() -> Preset:
     """A small model for two CPU cores and spoken scenes."""
-    return Preset(_tiny(hears=False), LoopConfig(batch_tokens=16_384))
+    model = CoCaConfig(TINY_SIGHT, TINY, TINY, TINY, decoder_layers=2, queries=16, speech_queries=8, pooler_heads=4,
+                       space=128, text_positions=64)
+    return Preset(model, LoopConfig(batch_tokens=16_384))
 
 
 def trimodal() -> Preset:
     """`tiny` with a tower for speech, whose pooled frames the upper half looks at beside the picture's."""
-    return Preset(_tiny(hears=True), LoopConfig(batch_tokens=16_384))
-
-
-def _tiny(hears: bool) -> CoCaConfig:
-    return CoCaConfig(TINY_SIGHT, TINY, TINY, TINY, hears, decoder_layers=2, queries=16, speech_queries=8,
-                      pooler_heads=4, space=128, text_positions=64)
+    return replace(tiny(), model=replace(tiny().model, hears=True))
 
 
 class Rows(TowerRows):
@@ -157,8 +154,7 @@ class Rows(TowerRows):
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
         """What each caption is written from, drawn where there is a choice: the picture, the speech, or both."""
         queries = {"image": self.config.queries, "audio": self.config.speech_queries}
-        contexts: list[list[int]] = []
-        begin = 0
+        contexts, begin = list[list[int]](), 0
         for row in rows:
             found = [name for name in SOURCES if name in row.alone]
             if "text" not in row.alone or not found:
@@ -239,7 +235,10 @@ class CoCa(TowerSystem):
         self.temperature = Temperature()
         self.upper = self._upper()
         self.next_word = nn.Linear(text.width, tokenizer.size, bias=False)
-        self.apply(normal)
+        self.apply(by_width)
+        for module in (self.next_word, *self.poolers.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def preparer(self) -> Rows:
         """Samples -> a sequence a modality, and captions to write."""
@@ -250,7 +249,8 @@ class CoCa(TowerSystem):
         states = {name: self.encode(name, batch) for name in self.modalities}
         pooled = {name: self.poolers[name](states[name]) for name in self.poolers}
         summaries = {"text": self.summary("text", states["text"]), **{name: one for name, (_, one) in pooled.items()}}
-        return Output(self._contrast(summaries, batch) | self._caption(states["text"], pooled, batch))
+        found = {name: tokens for name, (tokens, _) in pooled.items()}
+        return Output(self.contrast(summaries, batch) | self.caption(states["text"], found, batch))
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """Keeps the temperature in its range."""
@@ -292,19 +292,20 @@ class CoCa(TowerSystem):
                        sampling.for_text(), [sample.key for sample in samples])
         return [self.tokenizer.decode(ids) for ids in ids_BL.cpu().numpy()]
 
-    def _contrast(self, summaries: dict[str, Tensor], batch: Batch) -> dict[str, Term]:
+    def contrast(self, summaries: dict[str, Tensor], batch: Batch) -> dict[str, Term]:
         """Of each pair of modalities (section 3.2)."""
         vectors = {name: self.project[name](summary) for name, summary in summaries.items()}
         return contrasts(lambda name, rows: vectors[name][rows], self.modalities, batch, self.temperature(),
                          self.config.contrast_weight)
 
-    def _caption(self, text: States, pooled: dict[str, tuple[States, Tensor]], batch: Batch) -> dict[str, Term]:
-        """The next word at every word (Eq. 3): states of the lower half go on through the upper."""
+    def caption(self, text: States, found: dict[str, States], batch: Batch) -> dict[str, Term]:
+        """The next word at every word (Eq. 3): states of the lower half go on through the upper, which looks at what
+        the generative queries found."""
         writing, contexts = batch.writings["caption"], batch.host["contexts"]
-        found = beside([pooled[name][0].take(contexts[:, SOURCES.index(name)]) for name in pooled])
+        context = beside([found[name].take(contexts[:, SOURCES.index(name)]) for name in found])
         hidden_ND = self.upper(
             nn.functional.embedding(writing.ids, text.hidden), writing.layout,
-            nn.functional.embedding(writing.seen, found.hidden), writing.context,
+            nn.functional.embedding(writing.seen, context.hidden), writing.context,
         )
         return {"caption": token_cross_entropy(self.next_word(hidden_ND), writing.label, batch.counts["caption"],
                                                weight=self.config.caption_weight)}
@@ -318,12 +319,11 @@ class CoCa(TowerSystem):
 
     def _upper(self) -> Stack:
         """Blocks in turn: one that looks back, one that looks at the context."""
-        text, epsilon, kind = self.config.text, self.config.norm_epsilon, self.config.activation
-        sizes = (text.width, text.heads, text.inner, 0.0)
-        stack = Stack(0, *sizes, epsilon=epsilon)
+        text, epsilon = self.config.text, self.config.norm_epsilon
+        stack = Stack(0, text.width, text.heads, text.inner, 0.0, epsilon=epsilon)
         for own in (True, False) * self.config.decoder_layers:
-            stack.blocks.append(Block(*sizes, own=own, causal=own, cross=not own, context_norm=not own,
-                                      epsilon=epsilon, activation=kind))
+            stack.blocks.append(Block(text.width, text.heads, text.inner, 0.0, own=own, causal=own, cross=not own,
+                                      context_norm=not own, epsilon=epsilon, activation=self.config.activation))
         return stack
 
 
