@@ -43,8 +43,11 @@ VERBS = {
     "shards merge": Verb("opt.data.merge:merge", "several folders of shards to one"),
     "shards dedup": Verb("opt.data.dedup:dedup", "leave out copies of test pictures, exact and near"),
     "shards split": Verb("opt.data.split:split", "hold out a test part that stays the same, by a hash of keys"),
+    "shards caption": Verb("feature_extract.capfilt:caption_shards", "a written caption for every picture, by a model"),
+    "shards filter": Verb("feature_extract.capfilt:filter_shards", "leave out captions that do not fit their picture"),
     "shards export": Verb("opt.data.export:export", "shards to another format: webdataset"),
     "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
+    "import": Verb("opt.weights.importing:import_checkpoint", "a published checkpoint to a model for every verb"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
     "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions, questions or statements"),
     "generate": Verb("eval.generate:generate", "describe, transcribe or draw from your own files"),
@@ -59,6 +62,7 @@ VERBS = {
     "eval classify": Verb(
         "eval.classification:classify", "linear probe for each subset of modalities: average precision"
     ),
+    "eval zero-shot": Verb("eval.zero_shot:zero_shot", "sort pictures or recordings into classes by their names alone"),
     "report": Verb("eval.report:report", "one page from a run, or several side by side: tables, plots, pictures"),
     "demo": Verb("opt.demo:demo", "all of the above on spoken scenes, from nothing to the report"),
 }
