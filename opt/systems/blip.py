@@ -27,6 +27,7 @@ from opt.data.pixels import Sight
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import BlockCache, Stack
+from opt.nn.compiled import uncompiled
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection, TokenHead
 from opt.nn.init import normal
@@ -36,16 +37,17 @@ from opt.nn.states import States, beside, onto
 from opt.nn.towers import Tower
 from opt.nn.writing import write
 from opt.objectives.masked import token_cross_entropy
+from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
 from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
-from opt.systems.shared.momentum import MomentumContrast
+from opt.systems.shared.momentum import Contrasted, MomentumContrast
 from opt.systems.shared.rows import VIEWS, Asked, TowerRow, TowerRows
 from opt.systems.shared.towers import TowerSystem
 from opt.systems.system import DataFacts, Output, Preset, Progress
 
-WRITING = "writing"
-"""The view of what is written: [DEC], the prompt, words."""
+WRITING, LANGUAGE = "writing", "language"
+"""The view of what is written ([DEC], the prompt, words), and its targets."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Rows(TowerRows):
             index.append(place.start + np.arange(len(start) - 1, place.length))
             label.append(np.append(ids, self.tokenizer.eos))
         language = Targets(torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(label)))
-        return Asked({"language": language}, counts={"match": len(asked), "language": len(language.index)},
+        return Asked({LANGUAGE: language}, counts={"match": len(asked), LANGUAGE: len(language.index)},
                      host={"context": context})
 
     def start(self) -> np.ndarray:
@@ -256,21 +258,26 @@ class BLIP(TowerSystem):
         terms = {name: dataclasses.replace(term, weight=self.config.contrast_weight)
                  for name, term in found.terms.items()}
         context = contexts({name: states for name, (states, _) in read.items()}, batch)
+        with uncompiled():  # pairs are drawn on the device: so many tokens as nobody foresees
+            terms |= {"match": self._match(found, batch, context), LANGUAGE: self._language(batch, context)}
+        return Output(terms, found.carry)
 
+    def _match(self, found: Contrasted, batch: Batch, context: States) -> Term:
+        """True pairs and hard negatives, of all ranks, in one pass."""
         pairing = pair_up(found, batch, self.contrast.temperature())
         words = self.network.words(batch.text, batch.views["text"], self.tokenizer.enc)
         words = words.take(batch.host["rows"][:, 0]).of_all_ranks().take(pairing.text)
         judged = self.network.onto(words, context.of_all_ranks(), pairing.context)
-        terms["match"] = pairing.term(odds(self.match_head(judged.first)), batch.counts["match"],
-                                      self.config.match_weight)
+        return pairing.term(odds(self.match_head(judged.first)), batch.counts["match"], self.config.match_weight)
 
+    def _language(self, batch: Batch, context: States) -> Term:
+        """Each next word, and the end."""
+        target = batch.targets[LANGUAGE]
         words = self.network.words(batch.text, batch.views[WRITING], self.tokenizer.bos)
         written = self.network.onto(words, context, np.flatnonzero(usable(batch)), writing=True)
-        index_M, label_M = batch.targets["language"].index, batch.targets["language"].label
-        logits_MV = self.word_logits(nn.functional.embedding(index_M, written.hidden))
-        terms["language"] = token_cross_entropy(logits_MV, label_M, batch.counts["language"], self.config.smoothing,
-                                                self.config.language_weight)
-        return Output(terms, found.carry)
+        logits_MV = self.word_logits(nn.functional.embedding(target.index, written.hidden))
+        return token_cross_entropy(logits_MV, target.label, batch.counts[LANGUAGE], self.config.smoothing,
+                                   self.config.language_weight)
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """The twin follows, the ring takes the step's keys in."""
