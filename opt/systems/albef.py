@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from tyro.conf import Fixed, Suppress
 
 from opt.config import UserError
 from opt.data import corrupt
@@ -39,11 +40,12 @@ from opt.nn.states import States, beside, onto
 from opt.nn.towers import Tower
 from opt.objectives.masked import token_cross_entropy
 from opt.recipe import LoopConfig, OptimConfig
+from opt.systems.shared.asking import Answering, asked
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
 from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import MomentumContrast
 from opt.systems.shared.rows import Asked, TowerRow, TowerRows
-from opt.systems.shared.towers import TowerSystem
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import DataFacts, Output, Preset, Progress
 
 TEXT_EPSILON, VISION_EPSILON = 1e-12, 1e-6
@@ -84,6 +86,8 @@ class ALBEFConfig:
     """Share of the targets that is what the twin believes (the paper's alpha); 0: none."""
     ramp: float = 0.033
     """Share of training over which distillation rises from 0: one epoch of thirty."""
+    tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
+    """What the model was fine-tuned for."""
 
     def __post_init__(self) -> None:
         require(self, (
@@ -143,9 +147,9 @@ class Rows(TowerRows):
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
         """Contexts, and the words that are hidden from the fusion."""
         context = draw_contexts(rows)
-        asked = [row for row, drawn in zip(rows, context, strict=True) if drawn.any() and "text" in row.alone]
+        used = [row for row, drawn in zip(rows, context, strict=True) if drawn.any() and "text" in row.alone]
         index, label, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-        for row in asked:
+        for row in used:
             hidden = corrupt.positions(len(row.ids), self.config.token_rate, row.rng)
             shown = corrupt.words(row.ids[hidden], self.tokenizer.mask, self.tokenizer.ordinary, row.rng)
             place = packer.sequence("text", [packer.replace_text(row.parts["text"], 1 + hidden, shown)])
@@ -153,7 +157,7 @@ class Rows(TowerRows):
             label.append(row.ids[hidden])
             start += place.length
         targets = Targets(torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(label)))
-        return Asked({"mlm": targets}, counts={"mlm": len(targets.label), "match": len(asked)},
+        return Asked({"mlm": targets}, counts={"mlm": len(targets.label), "match": len(used)},
                      host={"context": context})
 
 
@@ -202,7 +206,7 @@ class Encoders(nn.Module):
         return self.word_head(hidden_MD, embedder.token.weight)
 
 
-class ALBEF(TowerSystem):
+class ALBEF(Answering):
     """Align before Fuse."""
 
     name = "albef"
@@ -213,13 +217,14 @@ class ALBEF(TowerSystem):
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self.encoders = Encoders(config, tokenizer.size, facts.speech_width)
         self.match_head = nn.Linear(config.text.width, 2)
+        self.begin_answering(config.text.width)
         self.apply(normal)
         self.twin = Twin(self.encoders, config.momentum)
         self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
 
-    def preparer(self) -> Rows:
-        """Samples -> a sequence a modality, and texts with hidden words."""
-        return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities)
+    def preparer(self) -> Any:
+        """Samples -> a sequence a modality, and texts with hidden words: `Rows`, or questions, where it is tuned."""
+        return asked(Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities), self.config.tuning)
 
     @property
     def kept(self) -> Encoders:
@@ -228,6 +233,8 @@ class ALBEF(TowerSystem):
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Contrast with the twin's keys; then one fusion of true pairs, wrong pairs and texts with hidden words."""
+        if "answer" in batch.targets:
+            return self.answered(batch)
         alpha = self.config.alpha(progress)
         states, vectors = self._each(self.encoders, batch)
         with torch.no_grad():
@@ -235,7 +242,7 @@ class ALBEF(TowerSystem):
         contrast = self.contrast(vectors, kept_vectors, batch, alpha)
 
         pairs = pair_up(contrast, batch, self.contrast.temperature() * (self.config.negatives == "hard"))
-        text, hidden, context = _asked(states, batch)
+        text, hidden, context = _sequences(states, batch)
         own = np.flatnonzero(usable(batch))
         fused = self.encoders.fuse(
             States.joined([text.of_all_ranks().take(pairs.text), hidden]), context.of_all_ranks(),
@@ -250,7 +257,10 @@ class ALBEF(TowerSystem):
         return Output({**contrast.terms, "match": match, "mlm": mlm}, contrast.carry)
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
-        """The twin follows, the ring takes in the twin's vectors, the temperature stays in its range."""
+        """The twin follows, the ring takes in the twin's vectors, the temperature stays in its range. A model that is
+        tuned for questions needs none of them."""
+        if self.config.tuning.task != "pretraining":
+            return
         self.twin.update(self.encoders, kept)
         self.contrast.after_step(carries, kept)
 
@@ -288,12 +298,12 @@ class ALBEF(TowerSystem):
     @torch.no_grad()
     def _believed(self, states: Mapping[str, States], batch: Batch, place_M: Tensor) -> Tensor:
         """The twin's logits (M, V) of hidden words, from its own states."""
-        _, hidden, context = _asked(states, batch)
+        _, hidden, context = _sequences(states, batch)
         fused = self.kept.fuse(hidden, context, np.flatnonzero(usable(batch)))
         return self.kept.words(embedding(place_M, fused.hidden))
 
 
-def _asked(states: Mapping[str, States], batch: Batch) -> tuple[States, States, States]:
+def _sequences(states: Mapping[str, States], batch: Batch) -> tuple[States, States, States]:
     """Of each row its text and its context; of usable rows the text with hidden words."""
     text, count = states["text"], int(usable(batch).sum())
     hidden = text.take(np.arange(len(text) - count, len(text)))

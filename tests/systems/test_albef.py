@@ -18,6 +18,7 @@ from opt.objectives.term import loss
 from opt.systems import albef
 from opt.systems.albef import ALBEF, ALBEFConfig, base
 from opt.systems.shared.matching import Pairing, usable
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Output, Progress, compose
 
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -116,7 +117,7 @@ def test_without_distillation_targets_are_the_words_alone(preset: str) -> None:
         assert torch.equal(found[name].total, term.total)
     states = {name: never.encode(name, batch) for name in never.modalities}
     own = np.flatnonzero(usable(batch))
-    _, hidden, context = albef._asked(states, batch)
+    _, hidden, context = albef._sequences(states, batch)
     target = batch.targets["mlm"]
     logits = never.encoders.words(never.encoders.fuse(hidden, context, own).hidden[target.index])
     torch.testing.assert_close(expected["mlm"].total, F.cross_entropy(logits, target.label, reduction="sum"))
@@ -220,6 +221,27 @@ def test_only_a_text_is_matched() -> None:
             system.fuse({name: parts[name] for name in names}, dict.fromkeys(names, np.arange(5)))
     with pytest.raises(UserError, match="not audio: pretrain albef.trimodal"):
         made("albef.tiny").alone([sample(0)], "audio")
+
+
+@pytest.mark.parametrize("task", ["vqa-classes", "nlvr2"])
+def test_questions_are_answered_by_the_pooled_state_beside_each_picture(task: str) -> None:
+    count, answers = 2 if task == "nlvr2" else 1, ("yes", "no", "red")
+    system = made("albef.tiny", tuning=Tuning(task, answers=answers, pictures=count)).eval()
+    given = {number: dataclasses.replace(sample(number), answers=("no",), pictures=tuple(
+        sample(number + turn).pictures[0] for turn in range(count))) for number in range(6)}
+    output = system(system.preparer()(given, rows(system, given)), LATE)
+    loss(output.terms).backward()
+    assert output.terms.keys() == {"answer"}
+    assert system.encoders.fusion.blocks[0].cross_attention.query.weight.grad.any()
+    before = {name: value.clone() for name, value in system.state_dict().items()}
+    system.after_step([output.carry], torch.tensor(True))
+    assert all(torch.equal(value, before[name]) for name, value in system.state_dict().items())
+    questions = list(given.values())
+    words = system.alone(questions, "text")
+    pooled = [system.pooled({"text": words, "image": system.alone([dataclasses.replace(
+        one, pictures=one.pictures[turn : turn + 1]) for one in questions], "image")}) for turn in range(count)]
+    best = system.answer_head(torch.cat(pooled, dim=1)).argmax(dim=1)
+    assert system.answer(questions) == [answers[place] for place in best.tolist()]
 
 
 def test_speech_of_another_width_is_widened() -> None:
