@@ -88,6 +88,7 @@ def more_words(verb: str, root: Path) -> list[str]:
     """What a verb needs besides a model and shards."""
     return {"eval vqa": ["--questions", f"{root}/questions.jsonl"],
             "eval nlvr2": ["--statements", f"{root}/statements.jsonl"],
+            "eval zero-shot": ["--labels", f"{root}/labels.jsonl"],
             "eval classify": ["--train-shards", f"{root}/train", "--labels", f"{root}/labels.jsonl"]}.get(verb, [])
 
 
@@ -165,6 +166,8 @@ def test_numbers_out_of_range(evaluation, verb: str, option: str):
         ("eval nlvr2", "speech", "without a picture"),
         ("eval nlvr2", "whole", "before it is tuned for that"),
         ("eval classify", "codes", "a picture without regions"),
+        ("eval zero-shot", "text", "hold no picture"),
+        ("eval zero-shot", "codes", "a picture without regions"),
         *(("eval text-to-image", shards, "image codes|cannot be opened") for shards in LACKS),
     ],
 )
