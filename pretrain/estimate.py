@@ -61,11 +61,11 @@ def work(system: System, batch: Batch, bfloat16: bool, device: torch.device) -> 
     backward. Attention counts real pairs only, 4 D for each, half of them when causal, whatever kernel computes it.
     Filler tokens cost bytes but are no work. It is a twin that runs: `system` may be compiled or spread over
     processes, and no other process needs to take part. A forward whose shapes depend on values, as where hard negatives
-    are picked, has no fake: there the twin is a real one.
+    are picked, has no fake, nor has a system that copies its own parts: there the twin is a real one.
     """
     try:
         return _counted(system, batch, bfloat16, device, FakeTensorMode())
-    except DataDependentOutputException:
+    except (DataDependentOutputException, RuntimeError):  # what a fake cannot do is said in many ways
         return _counted(system, batch, bfloat16, device, None)
 
 

@@ -58,12 +58,12 @@ class PretrainConfig(Generic[ModelConfig]):
     """What is read from URLs is kept here, shared by all runs."""
     cache_gigabytes: float = 50.0
     """Most that the cache takes of the disk; what was used longest ago goes first."""
-    start: str | None = None
+    start: tuple[str, ...] = ()
     """model:FOLDER begins with the weights and the words of a saved model of the same system (a run's model folder).
-    bert:FOLDER begins with the weights and the vocabulary of a BERT: a folder as Hugging Face saves it, with
-    config.json, model.safetensors or pytorch_model.bin, and vocab.txt. Its sizes must be the model's (opt.paper fits
-    bert-base, cased and uncased); a mismatch is answered with the --model options to give. Without --start all weights
-    are new."""
+    bert:FOLDER begins the text network with the weights and the vocabulary of a BERT: a folder as Hugging Face saves
+    it, with config.json, model.safetensors or pytorch_model.bin, and vocab.txt; vit:PLACE the pictures' tower with the
+    weights of a ViT or DeiT; both may be given. Sizes must be the model's (opt.paper fits bert-base, cased and uncased);
+    a mismatch is answered with the --model options to give. Without --start all weights are new."""
     vocabulary: Path | None = None
     """A vocab.txt to read words from; without it (and without --start) WordPiece is trained on the captions of the
     shards. Cased or lower-cased by the tokenizer_config.json beside it, else cased when it holds upper-case letters."""
@@ -117,7 +117,8 @@ def pretrain(config: PretrainConfig) -> None:
         system = _system(config, reader, start, device)
         if start is not None:
             say(f"begins with {start.fill(system)}")
-        began = f"{str(config.start).partition(':')[0]} {start.sha256}" if start else ""
+        kinds = "+".join(source.partition(":")[0] for source in config.start)
+        began = f"{kinds} {start.sha256}" if start else ""
         history = (*(start.history if start else ()), Stage("pretrain", config.system, corpora_of(reader), began))
         train(system, reader, config, device, history, start=start, proportions=config.proportions, held_out=held_out)
 

@@ -1,7 +1,7 @@
 """`--start`: the weights a run begins with. They are read until the run has a checkpoint of its own, and never again.
 
     bert:FOLDER  --opt/weights/bert.py--> words, and weights for the text tower of a new system
-    vit:PLACE    --opt/weights/vit.py--> weights for the picture tower; may stand beside a BERT, a blank between them
+    vit:PLACE    --opt/weights/vit.py--> weights for the picture tower; may stand beside a BERT
     model:FOLDER --opt/checkpoint.py--> the words and weights of a model of the same system
     run/         config.json names the start, the SHA-256 of its weights and their history; tokenizer.json its words
 """
@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,8 @@ class Start:
     """What the weights were trained on, where they say so."""
 
 
-def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
-    """What `--start` names; what the run itself keeps of it where the run has begun.
+def find_start(sources: Sequence[str], vocabulary: Path | None, run: Path) -> Start:
+    """What `--start` names, one source or two; what the run itself keeps of it where the run has begun.
 
     Raises UserError for a source that cannot be read, or words that are not those of the weights.
     """
@@ -52,12 +51,11 @@ def find_start(source: str, vocabulary: Path | None, run: Path) -> Start:
         earlier = parse_history(content.get("history", []), f"{run / 'config.json'}, history")
         return Start(None, recorded, _nothing, earlier)
     readers = {"bert": _from_bert, "vit": _from_vit, "model": _from_model}
-    parts = re.split(rf"\s+(?=(?:{'|'.join(readers)}):)", source.strip())
-    named = [(part, *part.partition(":")[::2]) for part in parts]
+    named = [(source, *source.partition(":")[::2]) for source in sources]
     if sorted(kind for _, kind, _ in named) not in TOGETHER or not all(place for *_, place in named):
-        raise UserError(f"--start {source}: expected model:FOLDER, the folder of a saved model; or bert:FOLDER, a "
-                        "folder with config.json, weights and vocab.txt; or vit:PLACE, a vision transformer's folder "
-                        "or file; or the last two together, as \"bert:FOLDER vit:PLACE\"")
+        raise UserError(f"--start {' '.join(sources)}: expected model:FOLDER, the folder of a saved model; or "
+                        "bert:FOLDER, a folder with config.json, weights and vocab.txt; or vit:PLACE, a vision "
+                        "transformer's folder or file; or the last two together")
     return _together([readers[kind](part, Path(place), vocabulary) for part, kind, place in named])
 
 

@@ -52,7 +52,7 @@ def test_every_stage_is_kept_with_its_corpora(runs: Path) -> None:
 
 def test_a_run_begun_with_a_model_keeps_its_history_over_a_stop(runs: Path, tmp_path: Path, monkeypatch) -> None:
     begin = dataclasses.replace(config(runs / "coco", tmp_path / "next", steps=4, save_every=1),
-                                start=f"model:{runs / 'run' / 'model'}")
+                                start=(f"model:{runs / 'run' / 'model'}",))
     real = Trainer._log_and_save
 
     def stop(trainer: Trainer, *arguments: object) -> None:
@@ -65,7 +65,7 @@ def test_a_run_begun_with_a_model_keeps_its_history_over_a_stop(runs: Path, tmp_
     with pytest.raises(RunAgain):
         pretrain(begin)
     monkeypatch.setattr(Trainer, "_log_and_save", real)
-    pretrain(dataclasses.replace(begin, start="model:moved away"))
+    pretrain(dataclasses.replace(begin, start=("model:moved away",)))
     first, second = read_history(tmp_path / "next" / "model")
     assert (first,) == read_history(runs / "run" / "model")
     assert second.start.startswith("model ") and second.steps == 4 and second.corpora[0].origins == (COCO,)

@@ -246,11 +246,11 @@ def test_a_run_begins_with_bert_and_needs_it_no_more(
     model = dataclasses.replace(bert.fitted(MODEL, bert.describe(folder)), dropout=0.0)
     loop = LoopConfig(steps=2, batch_tokens=300, workers=0, save_every=1)
     config: PretrainConfig = PretrainConfig("opt.paper", (str(tmp_path / "shards"),), tmp_path / "run", model,
-                                            start=f"bert:{tmp_path / 'bert'}", loop=loop)
+                                            start=(f"bert:{tmp_path / 'bert'}",), loop=loop)
     pretrain(config)
     assert "begins with text, regions, encoder, pooler, word_head of bert:" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded["start"] == config.start and len(recorded["start_sha256"]) == 64
+    assert recorded["start"] == list(config.start) and len(recorded["start_sha256"]) == 64
     trained = from_pretrained(tmp_path / "run" / "model")
     assert trained.tokenizer.fingerprint == Tokenizer.from_bert(folder).fingerprint
     moved = (trained.encoder.blocks[0].feed_forward[0].weight - begun(folder).encoder.blocks[0].feed_forward[0].weight)
@@ -258,12 +258,12 @@ def test_a_run_begins_with_bert_and_needs_it_no_more(
     shutil.rmtree(tmp_path / "bert")
     pretrain(config)  # goes on without BERT
     with pytest.raises(UserError, match="began with other weights"):
-        pretrain(dataclasses.replace(config, start=None))
+        pretrain(dataclasses.replace(config, start=()))
     fake = dataclasses.replace(config, out=tmp_path / "new")
     with pytest.raises(UserError, match=r"config.json does not exist"):
         pretrain(fake)
     with pytest.raises(UserError, match="expected model:FOLDER.*bert:FOLDER"):
-        pretrain(dataclasses.replace(fake, start="roberta-base"))
+        pretrain(dataclasses.replace(fake, start=("roberta-base",)))
     assert not (tmp_path / "new").exists()
 
 
@@ -271,7 +271,7 @@ def test_other_words_than_berts_are_refused(folder: Path, tmp_path: Path) -> Non
     fake_shards(tmp_path / "shards", [fake_sample(number) for number in range(32)])
     (tmp_path / "words.txt").write_text("\n".join([*LINES[:-1], "off"]) + "\n")
     config: PretrainConfig = PretrainConfig("opt.paper", (str(tmp_path / "shards"),), tmp_path / "run", MODEL,
-                                            start=f"bert:{folder}", vocabulary=tmp_path / "words.txt")
+                                            start=(f"bert:{folder}",), vocabulary=tmp_path / "words.txt")
     with pytest.raises(UserError, match="holds other words"):
         pretrain(config)
     same = dataclasses.replace(config, vocabulary=folder / "vocab.txt", dry_run=True)

@@ -84,7 +84,7 @@ def albef(tokenizer: Tokenizer, **changes: Any) -> ALBEF:
 
 def blip(tokenizer: Tokenizer) -> BLIP:
     torch.manual_seed(2)
-    return BLIP(BLIPConfig(SIGHT, IMAGE, TEXT, space=8, dropout=0.0, ring=8), tokenizer, NO_FEATURES).eval()
+    return BLIP(BLIPConfig(SIGHT, IMAGE, TEXT, space=8, dropout=0.0, ring_rows=8), tokenizer, NO_FEATURES).eval()
 
 
 def samples() -> list[Sample]:
@@ -272,21 +272,21 @@ def test_a_run_begins_with_both(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     seen, read = of_transformers("ViT"), of_bert(tmp_path / "bert")
     seen.save_pretrained(tmp_path / "a ViT")
-    source = f"bert:{tmp_path / 'bert'} vit:{tmp_path / 'a ViT'}"
-    start = find_start(source, None, tmp_path / "run")
+    sources = [f"bert:{tmp_path / 'bert'}", f"vit:{tmp_path / 'a ViT'}"]
+    start = find_start(sources, None, tmp_path / "run")
     assert start.tokenizer is not None and len(start.sha256) == 64
-    assert start.sha256 != find_start(source.partition(" vit:")[0], None, tmp_path / "run").sha256
+    assert start.sha256 != find_start(sources[:1], None, tmp_path / "run").sha256
     system = albef(start.tokenizer)
     said = start.fill(system)
     assert "of bert:" in said and said.endswith(f"of vit:{tmp_path / 'a ViT'}")
     assert torch.equal(system.encoders.towers["image"].stack.final_norm.bias, seen.layernorm.bias)
     assert torch.equal(system.encoders.fusion.blocks[0].feed_forward[0].weight,
                        read.bert.encoder.layer[3].intermediate.dense.weight)
-    alone = find_start(f"vit:{tmp_path / 'a ViT'}", None, tmp_path / "run")
+    alone = find_start(sources[1:], None, tmp_path / "run")
     assert alone.tokenizer is None and alone.sha256 == Source.open(tmp_path / "a ViT").sha256
 
 
-@pytest.mark.parametrize("source", ["gpt:x", "bert:", "vit", "model:a bert:b", "bert:a bert:b", ""])
-def test_other_starts_are_refused(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize("sources", [["gpt:x"], ["bert:"], ["vit"], ["model:a", "bert:b"], ["bert:a", "bert:b"], [""]])
+def test_other_starts_are_refused(tmp_path: Path, sources: list[str]) -> None:
     with pytest.raises(UserError, match="expected model:FOLDER"):
-        find_start(source, None, tmp_path / "run")
+        find_start(sources, None, tmp_path / "run")
