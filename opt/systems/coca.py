@@ -204,7 +204,7 @@ class Poolers(nn.Module):
         found = self.generative(tokens)
         if self.contrastive is not None:
             return found, self.contrastive(found if self.cascade else tokens).hidden
-        found_SQD = self.norm(found.hidden).view(len(tokens), len(self.generative.query), -1)
+        found_SQD = self.norm(found.hidden).unflatten(0, (len(tokens), len(self.generative.query)))
         return States(found_SQD[:, 1:].flatten(0, 1), found.lengths - 1), found_SQD[:, 0]
 
 

@@ -94,6 +94,16 @@ def test_one_forward_is_a_contrast_and_a_captioning_of_their_own(kind: str) -> N
     assert (terms["caption"].weight, terms["align_text_image"].weight) == (2.0, 1.0)
 
 
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_a_batch_without_pictures_asks_nothing_and_every_weight_takes_part(kind: str) -> None:
+    system = pooling(kind)
+    batch = batch_of(system, {number: sample(number, image=False) for number in range(3)})
+    value = loss(system(batch, START).terms)
+    value.backward()
+    assert value == 0 and len(batch.writings["caption"].ids) == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in system.parameters())
+
+
 def test_a_word_changes_nothing_before_it_and_the_class_sees_all_words() -> None:
     system = coca()
     first, other = lower(system, ["red blue green star", "red blue square star"])
