@@ -16,10 +16,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tyro.conf import Fixed, Suppress
 
 from opt.data.batch import Batch, Targets, TextTable, View
 from opt.data.pack import FRAME, PATCH, TEXT, Packer
@@ -39,11 +41,13 @@ from opt.nn.writing import write
 from opt.objectives.masked import token_cross_entropy
 from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
+from opt.systems.shared.asking import Answering, asked
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
 from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import Contrasted, MomentumContrast
 from opt.systems.shared.rows import VIEWS, Asked, TowerRow, TowerRows
-from opt.systems.shared.towers import TowerSystem
+from opt.systems.shared.towers import as_clips
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import DataFacts, Output, Preset, Progress
 
 WRITING, LANGUAGE = "writing", "language"
@@ -89,6 +93,8 @@ class BLIPConfig:
     """Share of the contrast's target that the twin believes, after the ramp."""
     ramp: float = 0.1
     """Share of the steps in which `distillation` rises from 0 (the authors: 2 of 20 epochs)."""
+    tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
+    """What the model was fine-tuned for."""
 
     def __post_init__(self) -> None:
         require(self, (
@@ -150,16 +156,16 @@ class Rows(TowerRows):
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
         """Rows with a text and a context are judged, and written."""
         context = draw_contexts(rows)
-        asked = [row for row, used in zip(rows, context, strict=True) if "text" in row.alone and used.any()]
+        told = [row for row, drawn in zip(rows, context, strict=True) if "text" in row.alone and drawn.any()]
         index, label = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for row in asked:
+        for row in told:
             start = self.start()
             ids = row.ids[: self.config.text_positions - len(start)]
             place = packer.sequence(WRITING, [packer.text(np.concatenate([start, ids]))])
             index.append(place.start + np.arange(len(start) - 1, place.length))
             label.append(np.append(ids, self.tokenizer.eos))
         language = Targets(torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(label)))
-        return Asked({LANGUAGE: language}, counts={"match": len(asked), LANGUAGE: len(language.index)},
+        return Asked({LANGUAGE: language}, counts={"match": len(told), LANGUAGE: len(language.index)},
                      host={"context": context})
 
     def start(self) -> np.ndarray:
@@ -229,7 +235,7 @@ class Encoders(nn.Module):
         return self.project[modality](states.first)
 
 
-class BLIP(TowerSystem):
+class BLIP(Answering):
     """Bootstrapping Language-Image Pre-training."""
 
     name = "blip"
@@ -242,15 +248,21 @@ class BLIP(TowerSystem):
         self.match_head = nn.Linear(config.text.width, 2)
         self.word_head = TokenHead(config.text.width, tokenizer.size, config.text_epsilon)
         self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
+        self.begin_answering(config.text.width)
         self.apply(normal)
         self.twin = Twin(self.encoders, config.momentum)
 
-    def preparer(self) -> Rows:
-        """Samples -> a sequence a modality, and what is written."""
+    def preparer(self) -> Any:
+        """Samples -> a sequence a modality, and what is written: `Rows`, or questions, where it is tuned."""
+        return asked(self._rows(), self.config.tuning)
+
+    def _rows(self) -> Rows:
         return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities)
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Each modality by itself, contrasted with what the twin says; then texts judged, and written, by contexts."""
+        if "answer" in batch.targets:
+            return self.answered(batch)
         read = {name: self.encoders(name, batch) for name in self.modalities}
         kept = {name: self.twin(name, batch)[1] for name in self.modalities}
         found = self.contrast({name: vectors for name, (_, vectors) in read.items()}, kept, batch,
@@ -280,7 +292,9 @@ class BLIP(TowerSystem):
                                    self.config.language_weight)
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
-        """The twin follows, the ring takes the step's keys in."""
+        """The twin follows, the ring takes the step's keys in; a model tuned for questions needs neither."""
+        if self.config.tuning.task != "pretraining":
+            return
         self.twin.update(self.encoders, kept)
         self.contrast.after_step(carries, kept)
 
@@ -303,13 +317,11 @@ class BLIP(TowerSystem):
         """What word follows: (..., W) -> (..., V)."""
         return self.word_head(hidden, self.network.embedder.token.weight)
 
-    @torch.inference_mode()
-    def alone(self, samples: Sequence[Sample], modality: str) -> States:
+    def unfused(self, modality: str, batch: Batch) -> States:
         """A picture's or a recording's states. Of a text its words before the network, [ENC] first: every layer looks
         at what it is judged by."""
         if modality != "text":
-            return super().alone(samples, modality)
-        batch = self.preparer().inputs(samples, ["text"]).to(self.device)
+            return super().unfused(modality, batch)
         return self.network.words(batch.text, batch.views["text"], self.tokenizer.enc)
 
     @torch.inference_mode()
@@ -317,7 +329,8 @@ class BLIP(TowerSystem):
         """The first state of each modality, read by itself, and the mean of all of its states, side by side."""
         parts = []
         for name in modalities:
-            states = super().alone(samples, name)
+            batch = self._inputs(samples, name)
+            states = as_clips(self.encode(name, batch), name, batch)
             states_SLW, valid_SL = states.padded()
             mean_SW = (states_SLW * valid_SL[..., None]).sum(1) / valid_SL.sum(1, keepdim=True)
             parts += [states.first, mean_SW]
@@ -357,7 +370,7 @@ class BLIP(TowerSystem):
         if unread := [name for name in modalities if name not in CONTEXTS]:
             raise self._cannot(f"write from {unread[0]}: it writes from pictures, speech or both")
         states = [self.alone(samples, name) for name in CONTEXTS if name in modalities]
-        start = self.preparer().start().tolist()
+        start = self._rows().start().tolist()
         limit = min(sampling.limit, self.config.text_positions - len(start) + 1)
         ids_BL = write(Words(self), *beside(states).padded(), start, self.tokenizer.eos, limit, sampling.for_text(),
                        [sample.key for sample in samples])

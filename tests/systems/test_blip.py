@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import FACTS, tokenizer
-from shrunken import batch_of, made, sample, small
+from shrunken import batch_of, made, rows, sample, small
 
 from opt.config import UserError
 from opt.data.record import Sample
@@ -15,6 +15,7 @@ from opt.nn.sampling import Sampling
 from opt.nn.states import States
 from opt.objectives.term import loss
 from opt.systems.blip import BLIP, LANGUAGE, WRITING, BLIPConfig, Words
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, build, compose
 
 SAMPLES = [sample(number) for number in range(6)]
@@ -118,12 +119,12 @@ def test_a_text_is_judged_the_same_in_any_company() -> None:
     torch.testing.assert_close(judge(system, shuffled, shuffled, "image", "audio"), together[order], **CLOSE)
     torch.testing.assert_close(judge(system, SAMPLES[3:4], SAMPLES[3:4], "image", "audio"), together[3:4], **CLOSE)
     parts = {name: system.alone(SAMPLES, name) for name in ("text", "image")}
-    rows = {"text": np.array([0, 1, 2, 0]), "image": np.array([3, 3, 1, 0])}
-    expected = judge(system, [SAMPLES[n] for n in rows["text"]], [SAMPLES[n] for n in rows["image"]], "image")
-    torch.testing.assert_close(system.fuse(parts, rows), expected, **CLOSE)
+    pairs = {"text": np.array([0, 1, 2, 0]), "image": np.array([3, 3, 1, 0])}
+    expected = judge(system, [SAMPLES[n] for n in pairs["text"]], [SAMPLES[n] for n in pairs["image"]], "image")
+    torch.testing.assert_close(system.fuse(parts, pairs), expected, **CLOSE)
     assert expected.std() > 1e-3 and system.cosine_weight == 1.0
-    logits = system.match_head(system.pooled({name: part.take(rows[name]) for name, part in parts.items()}))
-    torch.testing.assert_close(system.match_probability(parts, rows), logits.softmax(1)[:, 1], **CLOSE)
+    logits = system.match_head(system.pooled({name: part.take(pairs[name]) for name, part in parts.items()}))
+    torch.testing.assert_close(system.match_probability(parts, pairs), logits.softmax(1)[:, 1], **CLOSE)
     for given in (("text",), ("image", "audio")):
         with pytest.raises(UserError, match="it judges a text by a picture, speech or both"):
             system.pooled({name: system.alone(SAMPLES, name) for name in given})
@@ -197,6 +198,26 @@ def test_the_twin_and_the_ring_move_after_a_step_that_was_kept() -> None:
 def test_the_twin_s_share_rises_along_the_ramp() -> None:
     config = BLIPConfig(distillation=0.4, ramp=0.1)
     assert [config.alpha(Progress(0, fraction)) for fraction in (0.0, 0.05, 0.1, 0.7)] == [0.0, 0.2, 0.4, 0.4]
+
+
+def test_questions_are_answered_by_the_state_of_their_first_token_beside_each_picture() -> None:
+    answers = ("yes", "no", "red")
+    system = made("blip.tiny", tuning=Tuning("nlvr2", answers=answers, pictures=2)).eval()
+    assert isinstance(system, BLIP) and system.answer_head is not None
+    given = [dataclasses.replace(one, answers=("no",), pictures=(one.pictures[0], two.pictures[0]))
+             for one, two in zip(SAMPLES, SAMPLES[::-1], strict=True)]
+    output = system(system.preparer()(dict(enumerate(given)), rows(system, dict(enumerate(given)))), EARLY)
+    loss(output.terms).backward()
+    gradient = system.network.stack.get_parameter("blocks.0.cross_attention.query.weight").grad
+    assert output.terms.keys() == {"answer"} and gradient is not None and gradient.any()
+    system.after_step([output.carry], torch.tensor(True))
+    assert not system.contrast.ring.has_text.any()
+    pooled = [system.pooled({"text": system.alone(given, "text"), "image": system.alone(
+        [dataclasses.replace(one, pictures=one.pictures[turn : turn + 1]) for one in given], "image")})
+        for turn in range(2)]
+    best = system.answer_head(torch.cat(pooled, dim=1)).argmax(dim=1)
+    assert system.answer(given) == [answers[place] for place in best.tolist()]
+    assert system.generate_text(SAMPLES[:1], ["image"], Sampling(limit=3)) is not None
 
 
 def test_values_out_of_range_are_one_sentence() -> None:
