@@ -8,7 +8,6 @@ measured on spoken pictures by their captions alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,22 +58,12 @@ FEATURES = Reads()
 
 def reads(system: System) -> Reads:
     """What the system takes in, by its preparer and the widths that it was made for."""
-    facts, pixels = system.facts, system.preparer().jpeg
-    widths = {"regions": 0 if pixels else facts.region_width, "audio": facts.speech_width,
-              "codes": 0 if pixels else facts.codebook}  # fmt: skip
-    return Reads(pixels, frozenset(kind for kind, width in widths.items() if width))
+    return Reads(system.preparer().jpeg, system.extractors)
 
 
 def open_shards(folder: Path, system: System) -> ShardReader:
     """The shards of `folder`. Raises UserError where features that the system reads come from other networks than those
     of its training; what others made of the rest is nothing to it."""
-    reader, kinds = ShardReader(folder), reads(system).extractors
-    manifest = reader.manifest
-    read = dataclasses.replace(
-        manifest,
-        extractors={kind: about for kind, about in manifest.extractors.items() if kind in kinds},
-        region_width=manifest.region_width if "regions" in kinds else 0,
-        speech_width=manifest.speech_width if "audio" in kinds else 0,
-    )
-    system.facts.require_same(read, folder)
+    reader = ShardReader(folder)
+    system.require_same(reader.manifest, folder)
     return reader

@@ -186,7 +186,7 @@ def _retell(
     change: Callable[[Sequence[Record]], list[Retold]], verb: str, **settings: Any,
 ) -> Manifest:
     """Make every shard that has no receipt yet, then the manifest."""
-    system.facts.require_same(reader.manifest, config.folder)
+    system.require_same(reader.manifest, config.folder)
     settings = {"source": f"opt shards {verb}", "folder": reader.fingerprint, "mark": config.mark,
                 "model": sha256(config.model / "model.safetensors"), **settings}  # fmt: skip
     manifest = reader.manifest

@@ -165,7 +165,7 @@ def _check(config: FinetuneConfig) -> None:
 def _reader(config: FinetuneConfig, start: System) -> ShardReader:
     """The samples, or questions, that the task can use; says how many it cannot. Raises UserError when none is left."""
     whole, sees = ShardReader(config.shards), "pictures" if start.preparer().jpeg else "regions"
-    start.facts.require_same(whole.manifest, config.shards)
+    start.require_same(whole.manifest, config.shards)
     if config.questions is not None:
         seen = whole.lengths.jpegs if sees == "pictures" else whole.lengths.regions
         if not seen.any():

@@ -85,7 +85,7 @@ class Questions(Subset):
         values = whole[self.numbers]
         if name == "frames":
             return np.zeros_like(values)
-        if name in ("regions", "codes"):  # of all the pictures
+        if name in ("regions", "codes", "jpeg_size"):  # of all the pictures
             values = values.astype(np.int32)
             np.add.at(values, np.searchsorted(self.ends, np.arange(len(self.later)), side="right"), whole[self.later])
         return values
@@ -127,7 +127,7 @@ class _Asked:
         places = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
         known, self._numbers = keys[places] == hashes, firsts[places]
         lengths = whole.lengths
-        seen = known & (lengths.regions + lengths.codes > 0)[self._numbers]
+        seen = known & (lengths.regions + lengths.codes + lengths.jpegs > 0)[self._numbers]
         self._sizes = np.array([len(question.keys) for question in questions])
         self._starts = np.cumsum(self._sizes) - self._sizes
         self.known = np.logical_and.reduceat(known, self._starts)

@@ -184,6 +184,24 @@ class System(nn.Module):
         return ""
 
     @property
+    def extractors(self) -> frozenset[str]:
+        """The kinds of extractors whose features it reads; one that sees stored pixels needs none for pictures."""
+        pixels = self.preparer().jpeg
+        widths = {"regions": 0 if pixels else self.facts.region_width, "audio": self.facts.speech_width,
+                  "codes": 0 if pixels else self.facts.codebook}
+        return frozenset(kind for kind, width in widths.items() if width)
+
+    def require_same(self, manifest: Manifest, folder: Path) -> None:
+        """Raises UserError where features that the system reads come from other networks than those of its training;
+        what others made of the rest is nothing to it."""
+        kinds = self.extractors
+        self.facts.require_same(dataclasses.replace(
+            manifest, extractors={kind: about for kind, about in manifest.extractors.items() if kind in kinds},
+            region_width=manifest.region_width if "regions" in kinds else 0,
+            speech_width=manifest.speech_width if "audio" in kinds else 0,
+        ), folder)  # fmt: skip
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
