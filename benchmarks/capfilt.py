@@ -30,12 +30,15 @@ from study import do
 
 from feature_extract.capfilt import SYNTHETIC
 from opt.data.manifest import shard_name, write_manifest
+from opt.data.pixels import Sight
 from opt.data.record import Record
 from opt.data.shards import ShardReader, ShardWriter
 from opt.data.tokenizer import Tokenizer
 from opt.files import write_atomic
 from opt.recipe import LoopConfig, OptimConfig
-from opt.systems.system import build, load
+from opt.systems.blip import tiny
+from opt.systems.shared.config import Sizes
+from opt.systems.system import build
 from pretrain.run import facts
 from pretrain.trainer import Trainer
 
@@ -43,6 +46,12 @@ SWAPPED, CLEAN, SEED = 0.4, 0.1, 0
 BATCH_TOKENS, RATE, TUNING_RATE = 4096, 1e-3, 2e-4
 TUNING = 0.2
 """Of the steps of pretraining, for captioner and filter each."""
+SIZES = Sizes(width=128, layers=3, heads=4, inner=512)
+MODEL = dataclasses.replace(tiny().model, sight=Sight(size=64, patch=16), image=SIZES, text=SIZES, ring_rows=512)
+"""Smaller than `blip.tiny`, so that minutes are thousands of steps; the ring holds less than an epoch."""
+OPTIONS = ["--model.sight.patch", MODEL.sight.patch, "--model.ring-rows", MODEL.ring_rows,
+           *(word for part in ("image", "text") for name, value in vars(SIZES).items()
+             for word in (f"--model.{part}.{name}", value))]
 SHARD = 500
 MEASURED_STEPS, WARM_UP_STEPS = 12, 4
 STAGES = ("clean", "noisy", "both", "captioned", "filtered", "after")
@@ -117,8 +126,8 @@ def measured(shards: Path, out: Path) -> float:
     """CPU-seconds of a step, measured once."""
     path = out / "cpu_seconds.json"
     if not path.exists():
-        reader, preset = ShardReader(shards), load("blip.tiny")
-        system = build("blip", preset.model, Tokenizer.train(reader.captions(), 2000), facts(reader.manifest))
+        reader = ShardReader(shards)
+        system = build("blip", MODEL, Tokenizer.train(reader.captions(), 2000), facts(reader.manifest))
         loop = LoopConfig(steps=10**6, batch_tokens=BATCH_TOKENS, workers=0)
         with tempfile.TemporaryDirectory() as folder:
             trainer, spent = Trainer(system, reader, Path(folder), loop, OptimConfig()), []
@@ -140,7 +149,7 @@ def pretrain(out: Path, name: str, shards: Path, steps: int, weights: Sequence[i
         began = time.process_time()
         do("pretrain", "blip.tiny", "--shards", shards, "--out", out / name, "--loop.steps", steps, "--loop.workers", 0,
            "--loop.batch-tokens", BATCH_TOKENS, "--loop.save-every", steps, "--optim.learning-rate",
-           TUNING_RATE if weights else RATE, *tuned, *start)
+           TUNING_RATE if weights else RATE, *OPTIONS, *tuned, *start)
         write_atomic(path, json.dumps(time.process_time() - began).encode())
     return float(json.loads(path.read_text()))
 
