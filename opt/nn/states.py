@@ -45,6 +45,12 @@ class States:
         index = torch.from_numpy(ranges(starts, lengths)).to(self.hidden.device)
         return States(nn.functional.embedding(index, self.hidden), lengths)
 
+    def shortened(self, behind: int) -> States:
+        """Each sample without its last `behind` entries."""
+        lengths = self.lengths - behind
+        index = torch.from_numpy(ranges(self.starts, lengths)).to(self.hidden.device)
+        return States(nn.functional.embedding(index, self.hidden), lengths)
+
     @staticmethod
     def joined(pieces: Sequence[States]) -> States:
         """All samples of the pieces, in order."""

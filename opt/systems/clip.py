@@ -136,8 +136,12 @@ class CLIP(TowerSystem):
         return self.towers[modality](table, batch.views[modality])
 
     def vector(self, modality: str, states: States) -> Tensor:
-        """By the last word's state, [EOS], or the first of patches or frames: (S, E)."""
-        return self.project[modality](states.last if modality == "text" else states.first)
+        """By what sums it up: (S, E)."""
+        return self.project[modality](self.summary(modality, states))
+
+    def summary(self, modality: str, states: States) -> Tensor:
+        """The last word's state, [EOS], which alone has seen all words; the first of patches or frames."""
+        return states.last if modality == "text" else states.first
 
     def _stack(self, sizes: Sizes, causal: bool = False) -> Stack:
         return Stack(sizes.layers, sizes.width, sizes.heads, sizes.inner, 0.0, causal=causal,

@@ -14,13 +14,14 @@ tokens, R rows of the decoder, V words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tyro.conf import Fixed, Suppress
 
 from opt.data.batch import Batch, TextTable
 from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
@@ -33,16 +34,17 @@ from opt.nn.heads import Projection, Temperature
 from opt.nn.init import by_width
 from opt.nn.pool import AttentionalPooler
 from opt.nn.sampling import Sampling
-from opt.nn.states import ABSENT, States, beside
+from opt.nn.states import ABSENT, States, beside, onto
 from opt.nn.towers import Tower
 from opt.nn.writing import write
 from opt.objectives.masked import token_cross_entropy
 from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
+from opt.systems.shared.asking import Answering, AskedRows, asked
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
 from opt.systems.shared.pairs import contrasts
 from opt.systems.shared.rows import VIEWS, Asked, TowerRow, TowerRows
-from opt.systems.shared.towers import TowerSystem
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import DataFacts, Output, Preset, Progress
 
 Pooling = Literal["cascade", "parallel", "shared"]
@@ -87,6 +89,8 @@ class CoCaConfig:
     """Of the captions in the loss (section 3.2: 2)."""
     activation: Activation = "gelu"
     norm_epsilon: float = 1e-5
+    tuning: Annotated[Tuning, Fixed, Suppress] = Tuning()
+    """What the model was fine-tuned for."""
 
     def __post_init__(self) -> None:
         counts = ("decoder_layers", "queries", "speech_queries", "pooler_heads", "space", "frame_positions")
@@ -208,7 +212,7 @@ class Poolers(nn.Module):
         return States(found_SQD[:, 1:].flatten(0, 1), found.lengths - 1), found_SQD[:, 0]
 
 
-class CoCa(TowerSystem):
+class CoCa(Answering):
     """Contrastive Captioner."""
 
     name = "coca"
@@ -235,17 +239,20 @@ class CoCa(TowerSystem):
         self.temperature = Temperature()
         self.upper = self._upper()
         self.next_word = nn.Linear(text.width, tokenizer.size, bias=False)
+        self.begin_answering(text.width)
         self.apply(by_width)
         for module in (self.next_word, *self.poolers.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def preparer(self) -> Rows:
-        """Samples -> a sequence a modality, and captions to write."""
-        return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities)
+    def preparer(self) -> Rows | AskedRows:
+        """Samples -> a sequence a modality, and captions to write; or questions."""
+        return asked(Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities), self.config.tuning)
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Each modality once; then the contrast of each pair, and the words that follow."""
+        if batch.parts:
+            return self.answered(batch)
         states = {name: self.encode(name, batch) for name in self.modalities}
         pooled = {name: self.poolers[name](states[name]) for name in self.poolers}
         summaries = {"text": self.summary("text", states["text"]), **{name: one for name, (_, one) in pooled.items()}}
@@ -270,15 +277,13 @@ class CoCa(TowerSystem):
         anything else, (S, D)."""
         return self.text_norm(states.last) if modality == "text" else self.poolers[modality](states)[1]
 
-    @torch.inference_mode()
-    def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
-        """What sums each modality up, and the mean of all of its states, side by side."""
-        parts = []
-        for name in modalities:
-            states = self.alone(samples, name)
-            means = [piece.mean(0) for piece in states.hidden.split(states.lengths.tolist())]
-            parts += [self.summary(name, states), torch.stack(means)]
-        return torch.cat(parts, dim=1).float()
+    def pooled(self, parts: Mapping[str, States]) -> Tensor:
+        """The upper half's state of the last word (P, D), which has seen all words and the context (section 3.3)."""
+        text, seen = parts["text"], [name for name in SOURCES if name in parts]
+        words = text.shortened(1)
+        found = beside([self.poolers[name](parts[name])[0] for name in seen])
+        looks = onto(words.lengths, found.lengths, text.hidden.device)
+        return States(self.upper(words.hidden, words.layout, found.hidden, looks), words.lengths).last
 
     @torch.inference_mode()
     def generate_text(self, samples: Sequence[Sample], modalities: Sequence[str], sampling: Sampling) -> list[str]:

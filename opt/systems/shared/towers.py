@@ -43,6 +43,10 @@ class TowerSystem(System):
         """Unit vectors (S, E) float32 of a modality's sequences in the shared space."""
         raise NotImplementedError
 
+    def summary(self, modality: str, states: States) -> Tensor:
+        """What sums a modality's sequences up (S, D): their first states, unless a system reads another one."""
+        return states.first
+
     @torch.inference_mode()
     def embed(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
         """Each modality through its tower; several are averaged, as the pictures of a clip are, then unit length."""
@@ -68,14 +72,14 @@ class TowerSystem(System):
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
-        """The first state of each modality, and the mean of all of its states, side by side."""
+        """What sums each modality up, and the mean of all of its states, side by side."""
         parts = []
         for name in modalities:
             states = self.alone(samples, name)
             row_N = torch.from_numpy(np.repeat(np.arange(len(states)), states.lengths)).to(self.device)
             sums_SD = states.hidden.new_zeros(len(states), states.hidden.shape[1]).index_add_(0, row_N, states.hidden)
             length_S1 = torch.from_numpy(states.lengths).to(self.device)[:, None]
-            parts += [states.first, sums_SD / length_S1]
+            parts += [self.summary(name, states), sums_SD / length_S1]
         return torch.cat(parts, dim=1).float()
 
     def pooled(self, parts: Mapping[str, States]) -> Tensor:
