@@ -38,7 +38,7 @@ def test_every_command_runs_and_ends_in_a_report(workshop: Path) -> None:
 
 def test_commands_that_need_the_network_or_your_files_have_options_that_exist() -> None:
     lines = "".join(blocks("console")).strip().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         words = shlex.split(line)[3:]
         name = " ".join(words[:2]) if " ".join(words[:2]) in cli.VERBS else words[0]
