@@ -40,7 +40,7 @@ def by_width(module: nn.Module) -> None:
 
 def _block(block: Block, deep: float) -> None:
     width = block.feed_norm.normalized_shape[0]
-    for attention in (block.self_attention, block.cross_attention):
+    for attention in (block.self_attention, block.writing_attention, block.cross_attention):
         if attention is not None:
             for linear, deviation in ((attention.query, 1.0), (attention.key_value, 1.0), (attention.output, deep)):
                 nn.init.normal_(linear.weight, std=width**-0.5 * deviation)

@@ -34,7 +34,7 @@ from opt.distributed import rank
 from opt.nn.block import Stack
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection, TokenHead
-from opt.nn.init import normal
+from opt.nn.init import by_width
 from opt.nn.momentum import Twin
 from opt.nn.states import States, beside, onto
 from opt.nn.towers import Tower
@@ -116,7 +116,7 @@ def base() -> Preset:
 def _tiny(hears: bool) -> Preset:
     config = ALBEFConfig(
         TINY_SIGHT, TINY, Sizes(TINY.width, 2, TINY.heads, TINY.inner), fusion_layers=2, audio=TINY, hears=hears,
-        space=128, text_positions=64, dropout=0.0, momentum=0.95, ring_rows=2048, ramp=0.2,
+        space=128, text_positions=64, dropout=0.0, momentum=0.9, ring_rows=512, ramp=0.2,
     )
     return Preset(config, LoopConfig(batch_tokens=16_384))
 
@@ -218,7 +218,7 @@ class ALBEF(Answering):
         self.encoders = Encoders(config, tokenizer.size, facts.speech_width)
         self.match_head = nn.Linear(config.text.width, 2)
         self.begin_answering(config.text.width)
-        self.apply(normal)
+        self.apply(by_width)
         self.twin = Twin(self.encoders, config.momentum)
         self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
 

@@ -32,7 +32,7 @@ from opt.nn.block import BlockCache, Stack
 from opt.nn.compiled import uncompiled
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection, TokenHead
-from opt.nn.init import normal
+from opt.nn.init import by_width
 from opt.nn.momentum import Twin
 from opt.nn.sampling import Sampling
 from opt.nn.states import States, beside, onto
@@ -125,8 +125,8 @@ def base() -> Preset:
 
 def tiny() -> Preset:
     """A small model for two CPU cores and spoken scenes."""
-    return Preset(BLIPConfig(TINY_SIGHT, TINY, TINY, space=128, text_positions=64, dropout=0.0, momentum=0.95,
-                             ring_rows=2048, ramp=0.2), LoopConfig(batch_tokens=16_384))
+    return Preset(BLIPConfig(TINY_SIGHT, TINY, TINY, space=128, text_positions=64, dropout=0.0, momentum=0.9,
+                             ring_rows=512, ramp=0.2), LoopConfig(batch_tokens=16_384))
 
 
 def trimodal() -> Preset:
@@ -249,7 +249,7 @@ class BLIP(Answering):
         self.word_head = TokenHead(config.text.width, tokenizer.size, config.text_epsilon)
         self.contrast = MomentumContrast(self.modalities, config.space, config.ring_rows)
         self.begin_answering(config.text.width)
-        self.apply(normal)
+        self.apply(by_width)
         self.twin = Twin(self.encoders, config.momentum)
 
     def preparer(self) -> Any:
