@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tyro.conf import Positional
 
 from opt.checkpoint import from_pretrained
@@ -176,9 +175,7 @@ def match_probabilities(system: System, records: Sequence[Record], pairs: Sequen
     pictures = [Sample(records[place].key, records[place].pictures) for place in shown]
     parts: dict[str, States] = {"text": system.alone(texts, "text"), "image": system.alone(pictures, "image")}
     rows = {"text": np.arange(len(pairs)), "image": np.searchsorted(shown, [place for place, _ in pairs])}
-    own: Any = getattr(system, "match_probability", None)  # where the head has two logits, of which `fuse` is one
-    chance_P: torch.Tensor = own(parts, rows) if own is not None else system.fuse(parts, rows).sigmoid()
-    return [float(chance) for chance in chance_P.tolist()]
+    return [float(chance) for chance in system.match_probability(parts, rows).tolist()]
 
 
 def _retell(

@@ -278,6 +278,11 @@ class ALBEF(Answering):
         turned to keys and values once. Raises UserError without a text or without a context."""
         return self.match_head(self._pooled(parts, rows))[:, 1].float()
 
+    @torch.inference_mode()
+    def match_probability(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
+        """Of "match" against "no match" (P,)."""
+        return odds(self.match_head(self._pooled(parts, rows))).float().sigmoid()
+
     def pooled(self, parts: Mapping[str, States]) -> Tensor:
         """The text's first state (P, D) behind the fusion, where sample p of all parts belongs together."""
         return self._pooled(parts, {name: np.arange(len(part)) for name, part in parts.items()})

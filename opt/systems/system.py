@@ -145,6 +145,11 @@ class System(nn.Module):
         named. Each costs one fusion pass."""
         raise self._cannot("match")
 
+    def match_probability(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:
+        """Probability (P,) float32 that the samples of `fuse` belong together: of its log-odds, or of both logits of a
+        head where `fuse` is one of two."""
+        return self.fuse(parts, rows).sigmoid()
+
     @property
     def cosine_weight(self) -> float:
         """What a cosine of `embed` counts beside the log-odds of `fuse` where candidates are ordered by both: 0, they

@@ -16,7 +16,8 @@ from opt.config import UserError
 from opt.data.plan import BatchPlan
 from opt.data.record import Picture, Sample
 from opt.nn.sampling import Sampling
-from opt.systems.blip import BLIP, WRITING
+from opt.systems.blip import BLIP
+from opt.systems.blip.rows import WRITING
 from opt.systems.system import Progress
 from opt.weights.importing import Import, import_checkpoint
 

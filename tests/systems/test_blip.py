@@ -14,7 +14,9 @@ from opt.data.record import Sample
 from opt.nn.sampling import Sampling
 from opt.nn.states import States
 from opt.objectives.term import loss
-from opt.systems.blip import BLIP, LANGUAGE, WRITING, BLIPConfig, Words
+from opt.systems.blip import BLIP, BLIPConfig
+from opt.systems.blip.model import Words
+from opt.systems.blip.rows import LANGUAGE, WRITING
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, build, compose
 
