@@ -18,8 +18,8 @@ from opt.nn.block import Block
 from opt.nn.compiled import _mark, compile_blocks
 from opt.objectives.term import loss
 from opt.systems.opt import OPT, OPTConfig
-from opt.systems.shared.tuning import Tuning
 from opt.systems.opt.tasks import TASKS
+from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress
 
 CONFIG = OPTConfig(width=16, layers=3, heads=2, inner=32, decoder_layers=2, dropout=0.0)
