@@ -1,4 +1,4 @@
-"""Studies: variants of a model, or several systems, each trained on spoken scenes for the same CPU time, several seeds each.
+"""Studies: variants of a model, or several systems, trained on spoken scenes for the same CPU time, several seeds each.
 
     scenes, shards, CPU time of a step (once) -> one folder a run: trained, judged -> one record a run -> table
 
