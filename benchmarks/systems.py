@@ -2,9 +2,9 @@
 
     python benchmarks/systems.py [--minutes 5] [--seeds 1] [--workers 2] [--only albef ...]
 
-Every system's `tiny` and `trimodal` presets, found by their files, on 3,000 spoken scenes; the ALBEF that hears also with
-random negatives in place of hard ones, and without momentum distillation. Judged on 1,000 held-out scenes by the verbs that a
-user has, each system by what it can do:
+Every system's `tiny` and `trimodal` presets, found by their files, on 3,000 spoken scenes; the ALBEF that hears also
+with random negatives in place of hard ones, and without momentum distillation. Judged on 1,000 held-out scenes by the
+verbs that a user has, each system by what it can do:
 
     r1               recall at 1 of 1,000 by the vectors of the shared space, in each direction between two modalities
     r1_two_stage     the same where matching orders the first 20 again, between captions and pictures
