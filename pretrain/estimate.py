@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def work(system: System, batch: Batch, bfloat16: bool, device: torch.device) -> 
     are picked, has no fake, nor has a system that copies its own parts: there the twin is a real one.
     """
     try:
-        return _counted(system, batch, bfloat16, device, FakeTensorMode())
+        with warnings.catch_warnings(action="ignore"):  # of copies of fakes
+            return _counted(system, batch, bfloat16, device, FakeTensorMode())
     except (DataDependentOutputException, RuntimeError):  # what a fake cannot do is said in many ways
         return _counted(system, batch, bfloat16, device, None)
 

@@ -92,9 +92,10 @@ def finetune(config: FinetuneConfig) -> None:
     """
     _check(config)
     start = from_pretrained(config.model)
+    preset = "trimodal" if getattr(start.config, "hears", False) else "tiny"
     if not hasattr(start.config, "tuning"):
         raise UserError(f"{config.model} holds a model of system {start.name!r}, which has nothing to tune; go on with "
-                        f"its pretraining: `opt pretrain {start.name}.tiny --start model:{config.model}`")
+                        f"its pretraining: `opt pretrain {start.name}.{preset} --start model:{config.model}`")
     with processes() as device:
         reader = _reader(config, start)
         tuning = _tuning(config, start, reader)

@@ -43,6 +43,12 @@ def find_start(sources: Sequence[str], vocabulary: Path | None, run: Path) -> St
 
     Raises UserError for a source that cannot be read, or words that are not those of the weights.
     """
+    readers = {"bert": _from_bert, "vit": _from_vit, "model": _from_model}
+    named = [(source, *source.partition(":")[::2]) for source in sources]
+    if sorted(kind for _, kind, _ in named) not in TOGETHER or not all(place for *_, place in named):
+        raise UserError(f"--start {' '.join(sources)}: expected model:FOLDER, the folder of a saved model; or "
+                        "bert:FOLDER, a folder with config.json, weights and vocab.txt; or vit:PLACE, a vision "
+                        "transformer's folder or file; or the last two together")
     if newest_state(run / "checkpoints") is not None:
         content = read_json(run / "config.json")
         recorded = content.get("start_sha256") if isinstance(content, dict) else None
@@ -50,12 +56,6 @@ def find_start(sources: Sequence[str], vocabulary: Path | None, run: Path) -> St
             raise UserError(f"{run} holds a run that began without --start; give another --out, or leave out --start")
         earlier = parse_history(content.get("history", []), f"{run / 'config.json'}, history")
         return Start(None, recorded, _nothing, earlier)
-    readers = {"bert": _from_bert, "vit": _from_vit, "model": _from_model}
-    named = [(source, *source.partition(":")[::2]) for source in sources]
-    if sorted(kind for _, kind, _ in named) not in TOGETHER or not all(place for *_, place in named):
-        raise UserError(f"--start {' '.join(sources)}: expected model:FOLDER, the folder of a saved model; or "
-                        "bert:FOLDER, a folder with config.json, weights and vocab.txt; or vit:PLACE, a vision "
-                        "transformer's folder or file; or the last two together")
     return _together([readers[kind](part, Path(place), vocabulary) for part, kind, place in named])
 
 
@@ -92,7 +92,12 @@ def _fill_from_model(source: str, model: System, system: System) -> str:
                         "extractors")
     system.load_state_dict(given, strict=False)
     new = sorted({name.partition(".")[0] for name in own if name not in given})
-    return f"the weights of {source}" + (f"; new in this model: {', '.join(new)}" if new else "")
+    left = sorted({".".join(name.split(".")[:3]) for name in given if name not in own})
+    before, now = (vars(each.config) for each in (model, system))
+    other = [f"{name} {before[name]} is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    notes = {"new in this model": new, "left behind": left, "other settings": other}
+    said = [f"{what}: {', '.join(each)}" for what, each in notes.items() if each]
+    return "; ".join([f"the weights of {source}", *said])
 
 
 def _from_bert(source: str, folder: Path, vocabulary: Path | None) -> Start:

@@ -10,6 +10,7 @@ Shape legend: P patches, K rows of the table that make a position.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -21,6 +22,8 @@ from opt.config import UserError
 from opt.data.record import Sample
 
 Fit = Literal["squeeze", "crop", "keep"]
+LONGEST_SHAPE = 4
+"""A picture longer than so many times its width is cut before it is resized."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Sight:
             (f"patch {self.patch} must be at least 1, and fit into size {self.size}", 1 <= self.patch <= self.size),
             (f"size {self.size} must be a multiple of patch {self.patch}", self.size % max(self.patch, 1) == 0),
             (f"least-area {self.least_area} must be above 0 and at most 1", 0 < self.least_area <= 1),
+            (f"mean {self.mean} and deviation {self.deviation} must be three finite numbers each, deviations above 0",
+             len(self.mean) == len(self.deviation) == 3 and all(map(math.isfinite, (*self.mean, *self.deviation)))
+             and min(self.deviation) > 0),
             (f"longest {self.longest} must be at least size {self.size} with fit keep, and 0 otherwise",
              self.longest >= self.size if self.fit == "keep" else self.longest == 0),
         )
@@ -79,7 +85,7 @@ class Patches:
 
 
 def see(jpeg: bytes, sight: Sight, rng: np.random.Generator | None = None) -> Patches:
-    """The patches of a picture. rng: draws the part that training sees. Raises UserError for a JPEG that is broken."""
+    """The patches of a picture. rng: draws the part that training sees. Raises BadPicture."""
     pixels_hwc = picture(jpeg, sight, rng)
     places, shares = positions(pixels_hwc.shape[0] // sight.patch, pixels_hwc.shape[1] // sight.patch, sight.grid,
                                4 if sight.fit == "keep" else 1)
@@ -92,11 +98,13 @@ def picture(jpeg: bytes, sight: Sight, rng: np.random.Generator | None = None) -
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as opened:
             image = opened.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"a stored picture cannot be read ({error}); `opt shards verify --deep` names it") from error
+        raise BadPicture("it is no whole JPEG") from error
     if rng is not None and sight.least_area < 1:
         image = image.crop(_part(*image.size, sight.least_area, rng))
     if sight.fit == "squeeze":
         return _resized(image, sight.size, sight.size)
+    if sight.fit == "crop":
+        image = _middle(image)
     width, height = image.size
     scale = sight.size / min(width, height)
     if sight.fit == "keep":
@@ -107,6 +115,14 @@ def picture(jpeg: bytes, sight: Sight, rng: np.random.Generator | None = None) -
     pixels_hwc = _resized(image, width, height)
     top, left = (height - sight.size) // 2, (width - sight.size) // 2
     return pixels_hwc[top : top + sight.size, left : left + sight.size]
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Without the ends of a picture more than LONGEST_SHAPE times as long as wide, which no middle square shows."""
+    width, height = image.size
+    wide, high = min(width, LONGEST_SHAPE * height), min(height, LONGEST_SHAPE * width)
+    left, top = (width - wide) // 2, (height - high) // 2
+    return image if image.size == (wide, high) else image.crop((left, top, left + wide, top + high))
 
 
 def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
@@ -159,6 +175,21 @@ def _between(count: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     exact = np.arange(count) * ((grid - 1) / max(count - 1, 1))
     lower = np.minimum(exact.astype(np.int64), grid - 1)
     return lower, np.minimum(lower + 1, grid - 1), exact - lower
+
+
+def see_all(sample: Sample, sight: Sight, rng: np.random.Generator | None = None, most: int | None = None
+            ) -> list[Patches]:
+    """The patches of a sample's stored pictures, at most so many. Raises UserError that names the sample where one was
+    not stored, or cannot be read."""
+    try:
+        return [see(jpeg, sight, rng) for jpeg in jpegs(sample)[:most]]
+    except BadPicture as error:
+        raise UserError(f"sample {sample.key!r}: its stored picture cannot be read ({error}); extract its source "
+                        "again, or leave it out") from error
+
+
+class BadPicture(ValueError):
+    """A JPEG that cannot be decoded."""
 
 
 def jpegs(sample: Sample) -> list[bytes]:

@@ -149,8 +149,7 @@ class Rows(TowerRows):
         """As in every system with towers, the text's sequence ending in [CLS]."""
         parts, ids, alone = super().parts(packer, sample, [name for name in modalities if name != "text"], rng)
         if "text" in modalities and sample.caption:
-            ids = self.tokenizer.encode(sample.caption, self.config.text_positions - 2)
-        if len(ids):
+            ids = self.words(sample.caption)
             parts["text"] = packer.text(self.sequence(ids))
             alone["text"] = packer.sequence("text", [parts["text"], packer.first(TEXT)])
         return parts, ids, alone

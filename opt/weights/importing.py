@@ -64,21 +64,35 @@ def import_checkpoint(config: Import) -> None:
 
     Example: opt import clip-vit-base-patch32 clip --out models/clip
 
-    Then: opt eval retrieval --model models/clip ...
+    Then: opt eval retrieval models/clip SHARDS
     """
     _require_free(config)
     importer = _importer(config.system)
     source = Source.open(config.source)
     tokenizer = importer.vocabulary(_words(config, source))
-    imported = importer.convert(source, tokenizer)
-    torch.manual_seed(0)  # what the checkpoint has not is the same each time
-    system = build(config.system, imported.config, imported.tokenizer, NO_FEATURES)
+    imported, system = _made(config, importer, source, tokenizer)
     new = fill(system, imported, source.path)
     _list(f"{len(source.used)} tensors of {source.path} (SHA-256 {source.sha256}) fill a {config.system}; not used",
           source.unused)
     _list("not in the checkpoint, and new in the model", new)
     save_pretrained(system, config.out, trained=f", imported from {source.path.name} (SHA-256 {source.sha256})")
     print(f"wrote {config.out}: {sum(parameter.numel() for parameter in system.parameters()):,} parameters")
+
+
+def _made(config: Import, importer: Any, source: Source, tokenizer: Tokenizer) -> tuple[Imported, System]:
+    """What the file holds, and a new system of its sizes. Raises UserError for settings and tensors of other kinds than
+    the layout has, and for weights that are not finite."""
+    try:
+        imported = importer.convert(source, tokenizer)
+        torch.manual_seed(0)  # what the checkpoint has not is the same each time
+        system = build(config.system, imported.config, imported.tokenizer, NO_FEATURES)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{source.path}: its settings or tensors are not those of a {config.system} "
+                        f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give a whole "
+                        "checkpoint of that system") from error
+    if broken := next((name for name, tensor in imported.state.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"{source.path}: what belongs to {broken} holds NaN or infinity; copy the file anew")
+    return imported, system
 
 
 def fill(system: System, imported: Imported, path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from opt.config import UserError
 from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
-from opt.data.pixels import jpegs, see
+from opt.data.pixels import see_all
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
@@ -71,6 +71,11 @@ class TowerRows:
     def sequence(self, ids: np.ndarray) -> np.ndarray:
         """A caption's ids between the special tokens that the text tower reads."""
         return np.concatenate([[self.tokenizer.cls], ids, [self.tokenizer.sep]])
+
+    def words(self, caption: str) -> np.ndarray:
+        """A caption's ids; [UNK] where it is of characters that no word has, so that it is never empty."""
+        ids = self.tokenizer.encode(caption, self.config.text_positions - 2)
+        return ids if len(ids) else np.array([self.tokenizer.unk])
 
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
         """What else the rows are asked: masked words, words to write. Nothing by default."""
@@ -132,13 +137,12 @@ class TowerRows:
         alone: dict[str, Place] = {}
         ids = np.zeros(0, np.int64)
         if "text" in modalities and sample.caption:
-            ids = self.tokenizer.encode(sample.caption, self.config.text_positions - 2)
-        if len(ids):
+            ids = self.words(sample.caption)
             parts["text"] = packer.text(self.sequence(ids))
             alone["text"] = packer.sequence("text", [parts["text"]])
         if "image" in modalities and sample.pictures:
-            for jpeg in jpegs(sample)[: None if rng is None else 1]:
-                parts["image"] = packer.patches(see(jpeg, self.config.sight, rng))
+            for patches in see_all(sample, self.config.sight, rng, None if rng is None else 1):
+                parts["image"] = packer.patches(patches)
                 alone["image"] = packer.sequence("image", [packer.first(PATCH), parts["image"]])
         if "audio" in modalities and sample.speech is not None:
             parts["audio"] = packer.frames(sample.speech[: self.config.frame_positions])

@@ -22,7 +22,7 @@ from torch import Tensor
 from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
-from opt.data.pixels import jpegs, see
+from opt.data.pixels import see_all
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.systems.shared.pairs import alignment_pairs
@@ -176,13 +176,12 @@ class Rows(TowerRows):
         tables: dict[str, list[Part]] = {}
         ids = np.zeros(0, np.int64)
         if "text" in modalities and sample.caption:
-            ids = self.tokenizer.encode(sample.caption, self.config.text_positions - 2)
-        if len(ids):
+            ids = self.words(sample.caption)
             tables["text"] = [packer.text(self.sequence(ids))]
         if "audio" in modalities and sample.speech is not None:
             tables["audio"] = [packer.frames(sample.speech[: self.config.frame_positions])]
         if "image" in modalities and sample.pictures:
-            tables["image"] = [packer.patches(see(jpeg, self.config.sight)) for jpeg in jpegs(sample)[:pictures]]
+            tables["image"] = [packer.patches(each) for each in see_all(sample, self.config.sight, most=pictures)]
         return tables, ids
 
 
