@@ -372,16 +372,16 @@ def test_a_run_starts_warm_from_another_model(
 ) -> None:
     pretrain(config(shards, tmp_path / "first", steps=3))
     start = f"model:{tmp_path / 'first' / 'model'}"
-    warm = dataclasses.replace(config(shards, tmp_path / "warm", steps=1), start=start, optim=OptimConfig(1e-12))
+    warm = dataclasses.replace(config(shards, tmp_path / "warm", steps=1), start=(start,), optim=OptimConfig(1e-12))
     pretrain(warm)
     assert "begins with the weights of model:" in capsys.readouterr().out
     first, after = weights(tmp_path / "first"), weights(tmp_path / "warm")
     assert all(torch.allclose(first[name], after[name], atol=1e-9) for name in first)
     with pytest.raises(UserError, match="began without --start|start = "):
-        pretrain(dataclasses.replace(config(shards, tmp_path / "first", steps=3), start=start))
+        pretrain(dataclasses.replace(config(shards, tmp_path / "first", steps=3), start=(start,)))
     wide = dataclasses.replace(MODEL, width=32)
     with pytest.raises(UserError, match=r"\(.*16.*\), not \(.*32.*\).*--model"):
-        pretrain(dataclasses.replace(config(shards, tmp_path / "wide"), start=start, model=wide))
+        pretrain(dataclasses.replace(config(shards, tmp_path / "wide"), start=(start,), model=wide))
 
 
 def test_several_corpora_in_proportions(shards: Path, tmp_path: Path) -> None:
