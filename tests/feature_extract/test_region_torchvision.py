@@ -170,6 +170,7 @@ def test_a_wrong_checkpoint_is_a_clear_error(checkpoint, weights, said):
 def test_an_unreadable_checkpoint_gives_no_dangerous_advice(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"could not be read as a checkpoint|not a pickle of arrays|not a file of torch.save") as error:
+    said = "could not be read as a checkpoint|not a pickle of arrays|not a file of torch.save"
+    with pytest.raises(UserError, match=said) as error:
         load(path)
     assert "weights_only" not in str(error.value)
