@@ -24,7 +24,7 @@ from opt.checkpoint import from_pretrained
 from opt.config import UserError, to_dict
 from opt.data.claim import claim
 from opt.data.manifest import MANIFEST, Manifest, Receipt, by_reason, read_receipt, write_manifest
-from opt.data.pixels import Sight, picture
+from opt.data.pixels import BadPicture, Sight, picture
 from opt.data.record import Narration, Record, Sample
 from opt.data.shards import ShardReader, ShardWriter
 from opt.data.stored import StoredShard
@@ -239,7 +239,7 @@ def _is_readable(record: Record) -> bool:
         for shown in record.pictures:
             if shown.jpeg is not None:
                 picture(shown.jpeg, GLANCE)
-    except UserError:
+    except BadPicture:
         return False
     return True
 

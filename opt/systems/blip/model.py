@@ -40,7 +40,6 @@ from opt.systems.blip.rows import LANGUAGE, WRITING, Rows
 from opt.systems.shared.asking import Answering, asked
 from opt.systems.shared.matching import CONTEXTS, contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import Contrasted, MomentumContrast
-from opt.systems.shared.towers import as_clips
 from opt.systems.system import DataFacts, Output, Progress
 
 
@@ -132,18 +131,6 @@ class BLIP(Answering):
         if modality != "text":
             return super().unfused(modality, batch)
         return self.network.words(batch.text, batch.views["text"], self.tokenizer.enc)
-
-    @torch.inference_mode()
-    def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
-        """The first state of each modality, read by itself, and the mean of all of its states, side by side."""
-        parts = []
-        for name in modalities:
-            batch = self._inputs(samples, name)
-            states = as_clips(self.encode(name, batch), name, batch)
-            states_SLW, valid_SL = states.padded()
-            mean_SW = (states_SLW * valid_SL[..., None]).sum(1) / valid_SL.sum(1, keepdim=True)
-            parts += [states.first, mean_SW]
-        return torch.cat(parts, dim=1).float()
 
     @torch.inference_mode()
     def fuse(self, parts: Mapping[str, States], rows: Mapping[str, np.ndarray]) -> Tensor:

@@ -75,7 +75,8 @@ class TowerSystem(System):
         """What sums each modality up, and the mean of all of its states, side by side."""
         parts = []
         for name in modalities:
-            states = self.alone(samples, name)
+            batch = self._inputs(samples, name)
+            states = as_clips(self.encode(name, batch), name, batch)
             row_N = torch.from_numpy(np.repeat(np.arange(len(states)), states.lengths)).to(self.device)
             sums_SD = states.hidden.new_zeros(len(states), states.hidden.shape[1]).index_add_(0, row_N, states.hidden)
             length_S1 = torch.from_numpy(states.lengths).to(self.device)[:, None]
