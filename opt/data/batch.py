@@ -123,6 +123,12 @@ class Batch:
         layouts = [view.layout for view in self.views.values()] + [each.layout for each in self.writings.values()]
         return sum(layout.padded for layout in layouts) if layouts else self.tokens
 
+    def table(self, modality: str) -> TextTable | PatchTable | FrameTable:
+        """What a tower of that modality reads: words, patches or frames."""
+        tables: dict[str, TextTable | PatchTable | FrameTable]
+        tables = {"text": self.text, "image": self.patches, "audio": self.frames}
+        return tables[modality]
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`. Tensors that share a storage, as a loader's do, move as one."""
         return moved(self, device)

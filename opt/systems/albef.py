@@ -187,8 +187,7 @@ class Encoders(nn.Module):
 
     def encode(self, modality: str, batch: Batch) -> States:
         """One modality's sequences through its tower; speech then has the picture's width."""
-        table = {"text": batch.text, "image": batch.patches, "audio": batch.frames}[modality]
-        states: States = self.towers[modality](table, batch.views[modality])
+        states: States = self.towers[modality](batch.table(modality), batch.views[modality])
         return States(self.widen(states.hidden), states.lengths) if modality == "audio" else states
 
     def vector(self, modality: str, states: States) -> Tensor:

@@ -130,11 +130,6 @@ class CLIP(TowerSystem):
         """Keeps the temperature in its range."""
         self.temperature.clamp()
 
-    def encode(self, modality: str, batch: Batch) -> States:
-        """One modality's sequences through its tower."""
-        table = {"text": batch.text, "image": batch.patches, "audio": batch.frames}[modality]
-        return self.towers[modality](table, batch.views[modality])
-
     def vector(self, modality: str, states: States) -> Tensor:
         """By what sums it up: (S, E)."""
         return self.project[modality](self.summary(modality, states))

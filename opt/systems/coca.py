@@ -262,11 +262,6 @@ class CoCa(Answering):
         """Keeps the temperature in its range."""
         self.temperature.clamp()
 
-    def encode(self, modality: str, batch: Batch) -> States:
-        """One modality's sequences through its tower; of the text through the decoder's lower half."""
-        table = {"text": batch.text, "image": batch.patches, "audio": batch.frames}[modality]
-        return self.towers[modality](table, batch.views[modality])
-
     def vector(self, modality: str, states: States) -> Tensor:
         """By what sums it up: (S, E)."""
         return self.project[modality](self.summary(modality, states))

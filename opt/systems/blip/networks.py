@@ -71,8 +71,7 @@ class Encoders(nn.Module):
 
     def read(self, modality: str, batch: Batch) -> States:
         """The sequences of one modality, read by themselves."""
-        table = {"text": batch.text, "image": batch.patches, "audio": batch.frames}[modality]
-        return self.towers[modality](table, batch.views[modality])
+        return self.towers[modality](batch.table(modality), batch.views[modality])
 
     def vectors(self, modality: str, states: States) -> Tensor:
         """By the first state: (S, E)."""

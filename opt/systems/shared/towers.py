@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from opt.config import UserError
@@ -26,6 +26,8 @@ from opt.systems.system import MODALITIES, System
 class TowerSystem(System):
     """Base of systems that read each modality by itself first."""
 
+    towers: nn.ModuleDict
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """What it reads: text and pictures, and speech where it hears."""
@@ -36,8 +38,8 @@ class TowerSystem(System):
         raise NotImplementedError
 
     def encode(self, modality: str, batch: Batch) -> States:
-        """The sequences of one modality through its tower."""
-        raise NotImplementedError
+        """The sequences of one modality through its tower in `towers`, unless a system has another way."""
+        return self.towers[modality](batch.table(modality), batch.views[modality])
 
     def vector(self, modality: str, states: States) -> Tensor:
         """Unit vectors (S, E) float32 of a modality's sequences in the shared space."""
