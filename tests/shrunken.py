@@ -15,7 +15,7 @@ from opt.data.pixels import Sight
 from opt.data.plan import BatchPlan, Plan, row_keys, split
 from opt.data.record import Lengths, Sample
 from opt.systems.shared.config import Sizes
-from opt.systems.system import System, build, load, names, presets, system_module
+from opt.systems.system import System, build, load, names, presets, system_module, system_type
 
 ROWS = 12
 SMALL = {"width": 16, "layers": 2, "heads": 2, "inner": 32, "decoder_layers": 1, "alignment_width": 16, "space": 16,
@@ -30,14 +30,14 @@ EVERY = [f"{name}.{preset}" for name in names() for preset in presets(system_mod
 
 @cache
 def small(preset: str, **changes: Any) -> Any:
-    """The preset's configuration, shrunken."""
-    config = load(preset).model
+    """The preset's configuration, shrunken. Patches of a system that predicts image codes lie on the codes' grid."""
+    config, patch = load(preset).model, 4 if system_type(preset.partition(".")[0]).reads_codes else 16
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Sizes):
             value = Sizes(16, 2, 2, 32)
         elif isinstance(value, Sight):
-            value = dataclasses.replace(value, size=32, patch=16, longest=48 if value.fit == "keep" else 0)
+            value = dataclasses.replace(value, size=32, patch=patch, longest=48 if value.fit == "keep" else 0)
         elif field.name in SMALL:
             value = SMALL[field.name]
         config = dataclasses.replace(config, **{field.name: changes.get(field.name, value)})

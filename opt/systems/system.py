@@ -113,6 +113,8 @@ class System(nn.Module):
     config_type: ClassVar[type]
     reads_text: ClassVar[bool] = True
     """Whether it needs a tokenizer; one that does not is built with None."""
+    reads_codes: ClassVar[bool] = False
+    """Whether it needs image codes although it sees stored pixels: they are what it predicts."""
     config: Any
     tokenizer: Tokenizer
     facts: DataFacts
@@ -190,10 +192,11 @@ class System(nn.Module):
 
     @property
     def extractors(self) -> frozenset[str]:
-        """The kinds of extractors whose features it reads; one that sees stored pixels needs none for pictures."""
+        """The kinds of extractors whose features it reads; one that sees stored pixels needs none for pictures, but
+        for the codes that it predicts."""
         pixels = self.preparer().jpeg
         widths = {"regions": 0 if pixels else self.facts.region_width, "audio": self.facts.speech_width,
-                  "codes": 0 if pixels else self.facts.codebook}
+                  "codes": 0 if pixels and not self.reads_codes else self.facts.codebook}
         return frozenset(kind for kind, width in widths.items() if width)
 
     def require_same(self, manifest: Manifest, folder: Path) -> None:
