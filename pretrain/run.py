@@ -228,5 +228,5 @@ def facts(manifest: Manifest) -> DataFacts:
     return DataFacts(
         region_width=manifest.region_width, region_classes=manifest.region_classes,
         speech_width=manifest.speech_width, frame_rate=manifest.frame_rate, codebook=manifest.codebook,
-        extractors=manifest.extractors,
+        extractors=manifest.extractors, speech_codebooks=manifest.speech_codebooks, codes_grid=manifest.codes_grid,
     )

@@ -12,7 +12,8 @@ from opt.data.tokenizer import Tokenizer
 from opt.systems.system import DataFacts
 
 WORDS = ["red", "blue", "green", "circle", "square", "star"]
-FACTS = DataFacts(region_width=12, region_classes=tuple(WORDS), speech_width=10, frame_rate=10.0, codebook=16)
+FACTS = DataFacts(region_width=12, region_classes=tuple(WORDS), speech_width=10, frame_rate=10.0, codebook=16,
+                  speech_codebooks=(12,), codes_grid=8)
 
 
 @cache
@@ -22,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 def fake_sample(number: int, regions: bool = True, caption: bool = True, speech: bool = True) -> Sample:
-    """Sample `number`: its words choose its regions, its frames and its codes."""
+    """Sample `number`: its words choose its regions, its frames, and the codes of both."""
     rng = np.random.default_rng(number)
     words = rng.integers(len(WORDS), size=int(rng.integers(2, 6)))
     table = np.random.default_rng(0).normal(size=(len(WORDS), 22)).astype(np.float32)
@@ -37,6 +38,7 @@ def fake_sample(number: int, regions: bool = True, caption: bool = True, speech:
     return Sample(
         key=f"sample{number}", pictures=(picture,) if regions else (), narration=0, narration_id="0",
         caption=" ".join(WORDS[word] for word in words) if caption else None, speech=frames if speech else None,
+        speech_codes=np.repeat(words, 2)[:, None].astype(np.int16) if speech else None,
     )
 
 
@@ -47,9 +49,11 @@ def fake_shards(folder: Path, samples: list[Sample], shard_size: int = 16) -> Sh
         with ShardWriter(folder, shard_name(number)) as shard:
             for sample in samples[start : start + shard_size]:
                 seconds = len(sample.speech) / FACTS.frame_rate if sample.speech is not None else 0.0
-                narration = Narration("0", sample.caption, sample.speech, FACTS.frame_rate if seconds else 0.0, seconds)
+                narration = Narration("0", sample.caption, sample.speech, FACTS.frame_rate if seconds else 0.0, seconds,
+                                      sample.speech_codes)
                 told = sample.caption is not None or sample.speech is not None
                 shard.write(Record(sample.key, sample.pictures, (narration,) if told else ()))
     names = [shard_name(number) for number in range(len(shards))]
-    write_manifest(folder, names, {"regions": {"backend": "made up"}}, FACTS.region_classes, FACTS.codebook)
+    write_manifest(folder, names, {"regions": {"backend": "made up"}}, FACTS.region_classes, FACTS.codebook,
+                   speech_codebooks=FACTS.speech_codebooks)
     return ShardReader(folder)

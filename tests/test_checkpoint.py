@@ -34,6 +34,14 @@ def test_a_whole_model_loads(model: Path):
     from_pretrained(model)
 
 
+def test_a_model_knows_the_codes_it_saw_and_an_older_one_loads_without(model: Path):
+    facts = from_pretrained(model).facts
+    assert (facts.speech_codebooks, facts.codes_grid) == ((12,), 8)
+    edit(model, lambda content: [content["facts"].pop(name) for name in ("speech_codebooks", "codes_grid")])
+    facts = from_pretrained(model).facts
+    assert (facts.speech_codebooks, facts.codes_grid) == ((), 0)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"system": 3}', "\udcff"])
 def test_a_damaged_description_is_named(model: Path, content: str):
     (model / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))

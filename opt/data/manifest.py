@@ -108,6 +108,11 @@ class Manifest:
     schema: int = SCHEMA
 
     @property
+    def codes_grid(self) -> int:
+        """Rows, and columns, of the stored image codes: their extractor's setting, 8 where it has none; 0: no codes."""
+        return self.extractors.get("codes", {}).get("settings", {}).get("grid", 8) if self.codebook else 0
+
+    @property
     def failures(self) -> tuple[Failure, ...]:
         """What did not become data, over all shards, in the order of the source."""
         return tuple(failure for shard in self.shards for failure in shard.failures)

@@ -100,7 +100,7 @@ class Questions(Subset):
         later = [self.whole.sample(other, jpeg).pictures for other in self._later(number)]
         return dataclasses.replace(
             first, pictures=sum(later, first.pictures), narration=-1, narration_id="", caption=question.text,
-            speech=None, answers=question.answers,
+            speech=None, speech_codes=None, answers=question.answers,
         )  # fmt: skip
 
     def captions(self) -> Iterator[str]:

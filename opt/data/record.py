@@ -86,6 +86,7 @@ class Record:
 class Sample:
     """A record with one narration chosen (`narration` is its number, -1 when the record has none).
 
+    speech_codes (T, G) int16: the narration's quantiser ids, a row a frame of `speech`.
     answers: right answers where the caption is a question about the picture (VQA); not stored in shards.
     """
 
@@ -95,6 +96,7 @@ class Sample:
     narration_id: str = ""
     caption: str | None = None
     speech: np.ndarray | None = None
+    speech_codes: np.ndarray | None = None
     answers: tuple[str, ...] = ()
 
 

@@ -216,8 +216,8 @@ class ShardReader:
         chosen = int(row["narration"])
         if chosen < 0:
             return Sample(record.key, record.pictures)
-        narration = record.narrations[chosen]
-        return Sample(record.key, record.pictures, chosen, narration.narration_id, narration.caption, narration.speech)
+        told = record.narrations[chosen]
+        return Sample(record.key, record.pictures, chosen, told.narration_id, told.caption, told.speech, told.codes)
 
     def record(self, number: int, jpeg: bool = False) -> Record:
         """The whole record that sample `number` belongs to. Raises UserError when its bytes are damaged."""

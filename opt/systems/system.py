@@ -65,7 +65,11 @@ class Output:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a system must know of the shards it reads: widths and sizes fixed by the extractors. 0 means absent."""
+    """What a system must know of the shards it reads: widths and sizes fixed by the extractors. 0 means absent.
+
+    codebook: image codes that exist; codes_grid: rows, and columns, of those stored of a picture (0 also where an older
+    model does not say). speech_codebooks: entries of each codebook of stored speech codes.
+    """
 
     region_width: int
     region_classes: tuple[str, ...]
@@ -73,6 +77,8 @@ class DataFacts:
     frame_rate: float
     codebook: int
     extractors: dict[str, Any] = field(default_factory=dict)
+    speech_codebooks: tuple[int, ...] = ()
+    codes_grid: int = 0
 
     def require_same(self, manifest: Manifest, folder: Path) -> None:
         """Raises UserError where the shards of `folder` hold other features than a model of these facts reads."""

@@ -30,6 +30,15 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
     assert reader.manifest.storage == "float16"
 
 
+def test_the_codes_of_the_narration_chosen_reach_the_sample(tmp_path: Path) -> None:
+    reader = write_folder(tmp_path, [STORED[:2], STORED[2:]])
+    for number, told in enumerate(told for record in STORED for told in record.narrations):
+        sample = reader.sample(number)
+        assert sample.narration_id == told.narration_id and sample.speech_codes is not None
+        np.testing.assert_array_equal(sample.speech_codes, told.codes)
+        assert len(sample.speech_codes) == len(sample.speech)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
