@@ -53,11 +53,13 @@ class FrameTable:
 @dataclass(frozen=True)
 class PatchTable:
     """pixels (P, 3 p p) uint8: patches of p x p pixels, a picture's row by row; places (P, K) int64 and shares (P, K)
-    float32: the position of a patch is the sum of K rows of a table of positions, each times its share."""
+    float32: the position of a patch is the sum of K rows of a table of positions, each times its share; masked (P,)
+    bool, True = pixels hidden."""
 
     pixels: Tensor
     places: Tensor
     shares: Tensor
+    masked: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Corruption: which words, regions, frames or whole modalities a row hides, and which parts it swaps.
+"""Corruption: which words, regions, frames, patches or whole modalities a row hides, and which parts it swaps.
 
 Every function takes the row's own random generator, so a row is corrupted alike whatever the worker or world size.
 Masks are bool with True = hidden. Rates and rules: docs/opt.md, gaps A1 to A4.
@@ -42,6 +42,27 @@ def words(ids: np.ndarray, mask_id: int, ordinary: np.ndarray, rng: np.random.Ge
     replaced = np.where(draw < 0.8, mask_id, ids)
     random_words = ordinary[rng.integers(len(ordinary), size=len(ids))]
     return np.where((draw >= 0.8) & (draw < 0.9), random_words, replaced)
+
+
+def blocks(grid: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Patches hidden in rectangles, `rate` of the grid x grid ones, rounded: sorted int64 (m,), row by row.
+
+    Sides and areas are drawn as in BEiT (arXiv 2106.08254, algorithm 1): the logarithm of high by wide evenly from 0.3
+    to 1 / 0.3, the area evenly from a twelfth of the grid (its 16 of 14 x 14) to all that is still missing. Rectangles
+    may overlap; of the last one only the first patches are hidden, as many as are missing.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate {rate} is not within 0 and 1")
+    hidden_GG, count, least = np.zeros((grid, grid), bool), round(rate * grid**2), max(round(grid**2 / 12), 1)
+    while missing := count - int(hidden_GG.sum()):
+        area, shape = rng.uniform(least, max(least, missing)), np.exp(rng.uniform(-1, 1) * np.log(0.3))
+        high, wide = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+        if high <= grid and wide <= grid:
+            top, left = rng.integers(grid - high + 1), rng.integers(grid - wide + 1)
+            block_GG = np.zeros_like(hidden_GG)
+            block_GG[top : top + high, left : left + wide] = True
+            hidden_GG.flat[np.flatnonzero(block_GG & ~hidden_GG)[:missing]] = True
+    return np.flatnonzero(hidden_GG)
 
 
 def modalities(present: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:

@@ -52,13 +52,22 @@ class _Column:
 
     def __init__(self) -> None:
         self.pieces: list[np.ndarray] = []
+        self.starts: list[int] = []
         self.length = 0
 
     def append(self, piece: np.ndarray) -> np.ndarray:
         entries = np.arange(self.length, self.length + len(piece))
         self.pieces.append(piece)
+        self.starts.append(self.length)
         self.length += len(piece)
         return entries
+
+    def append_again(self, entries: np.ndarray) -> None:
+        """What stands at `entries`, once more."""
+        piece = np.searchsorted(self.starts, entries, "right") - 1
+        rows = [self.pieces[number][entry - self.starts[number]] for number, entry in zip(piece, entries, strict=True)]
+        if rows:
+            self.append(np.stack(rows))
 
     def join(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         return np.concatenate(self.pieces).astype(dtype, copy=False) if self.pieces else np.zeros(shape, dtype)
@@ -105,6 +114,7 @@ class Packer:
         """All patches of a picture, row by row. Every picture of a batch has as many `places` to a patch."""
         self._columns["patches.places"].append(patches.places)
         self._columns["patches.shares"].append(patches.shares)
+        self._columns["patches.masked"].append(np.zeros(len(patches.pixels), bool))
         return Part(PATCH, self._columns["patches.pixels"].append(patches.pixels))
 
     def first(self, table: int) -> Part:
@@ -130,6 +140,14 @@ class Packer:
         self._columns["frames.masked"].append(np.ones(len(where), bool))
         hidden = np.zeros((len(where), self.speech_width), np.float16)
         return self._replaced(part, where, self._columns["frames.features"].append(hidden))
+
+    def hide_patches(self, part: Part, where: np.ndarray) -> Part:
+        """The part with the pixels at `where` hidden; their positions stay."""
+        for name in ("patches.places", "patches.shares"):
+            self._columns[name].append_again(part.entries[where])
+        self._columns["patches.masked"].append(np.ones(len(where), bool))
+        hidden = np.zeros((len(where), self.patch_width), np.uint8)
+        return self._replaced(part, where, self._columns["patches.pixels"].append(hidden))
 
     @staticmethod
     def _replaced(part: Part, where: np.ndarray, entries: np.ndarray) -> Part:
@@ -169,9 +187,10 @@ class Packer:
             torch.from_numpy(column["frames.masked"].join((0,), bool)),
         )
         patches = PatchTable(
-            torch.from_numpy(self._columns["patches.pixels"].join((0, self.patch_width), np.uint8)),
-            torch.from_numpy(self._columns["patches.places"].join((0, 1), np.int64)),
-            torch.from_numpy(self._columns["patches.shares"].join((0, 1), np.float32)),
+            torch.from_numpy(column["patches.pixels"].join((0, self.patch_width), np.uint8)),
+            torch.from_numpy(column["patches.places"].join((0, 1), np.int64)),
+            torch.from_numpy(column["patches.shares"].join((0, 1), np.float32)),
+            torch.from_numpy(column["patches.masked"].join((0,), bool)),
         )
         written = {name: self._writing(name) for name in writings}
         tokens = sum(self._flat.values()) + sum(len(writing.ids) for writing in written.values())

@@ -1,7 +1,7 @@
 """Embedders: text, regions, audio frames and patches of pictures into the width that an encoder reads.
 
-Each is token + position, and modality type and LayerNorm where the encoder wants them; a masked region or frame has its
-feature replaced by a learned vector while its place (box, position) stays visible.
+Each is token + position, and modality type and LayerNorm where the encoder wants them; a masked region, frame or patch
+has its feature replaced by a learned vector while its place (box, position) stays visible.
 Shape legend: N tokens, R regions, T frames, P patches, D width, F feature width, K rows that make a position.
 """
 
@@ -84,7 +84,8 @@ class PatchEmbedder(nn.Module):
     """Patches of pixels: one FC and a position each, behind a learned class token (ViT, arXiv 2010.11929, section 3.1).
 
     The table of positions has a place for the class token, its first, and one for each patch of a square. bias: of the
-    FC. first_norm: LayerNorm before the encoder (CLIP).
+    FC. first_norm: LayerNorm before the encoder (CLIP). masks: patches can be hidden, with a vector in place of
+    what the FC makes of their pixels (BEiT, arXiv 2106.08254, section 2.3).
     """
 
     mean: Tensor
@@ -92,11 +93,12 @@ class PatchEmbedder(nn.Module):
 
     def __init__(
         self, sight: Sight, width: int, dropout: float = 0.0, bias: bool = True, first_norm: bool = False,
-        epsilon: float = 1e-5,
+        epsilon: float = 1e-5, masks: bool = False,
     ) -> None:
         super().__init__()
         values = 3 * sight.patch**2
         self.first = nn.Parameter(torch.zeros(1, width))
+        self.mask = nn.Parameter(torch.zeros(width)) if masks else None
         self.patch = nn.Linear(values, width, bias)
         self.position = nn.Embedding(1 + sight.grid**2, width)
         self.norm, self.dropout = nn.LayerNorm(width, epsilon) if first_norm else nn.Identity(), Dropout(dropout)
@@ -106,13 +108,14 @@ class PatchEmbedder(nn.Module):
     def forward(self, patches: PatchTable) -> Tensor:
         """(1 + P, D): the class token first."""
         pixels_PF = (patches.pixels.float() / 255 - self.mean) / self.deviation
-        table = self.position.weight
+        hidden_PD, table = self.patch(pixels_PF), self.position.weight
+        if self.mask is not None:
+            hidden_PD = torch.where(patches.masked[:, None], self.mask, hidden_PD)
         if patches.places.shape[1] == 1:
             position_PD = self.position(patches.places[:, 0])
         else:
             position_PD = F.embedding_bag(patches.places, table, mode="sum", per_sample_weights=patches.shares)
-        hidden_PD = torch.cat([self.first + table[:1], self.patch(pixels_PF) + position_PD])
-        return self.dropout(self.norm(hidden_PD))
+        return self.dropout(self.norm(torch.cat([self.first + table[:1], hidden_PD + position_PD])))
 
 
 def geometry(boxes: Tensor) -> Tensor:

@@ -78,3 +78,36 @@ def test_spans_hide_runs_at_the_same_rate_everywhere(span: int) -> None:
     begins = inner[:, 1:-span] & ~inner[:, : -span - 1]
     rows, places = np.nonzero(begins)
     assert all(inner[row, place + 1 : place + 1 + span].all() for row, place in zip(rows, places, strict=True))
+
+
+@pytest.mark.parametrize(("grid", "rate"), [(1, 1.0), (2, 0.5), (8, 0.4), (8, 0.02), (14, 0.4), (24, 0.4), (9, 1.0),
+                                            (14, 0.0)])
+def test_blocks_hide_exactly_their_rate(grid: int, rate: float) -> None:
+    rng = corrupt.row_generator(6)
+    for _ in range(200):
+        hidden = corrupt.blocks(grid, rate, rng)
+        assert len(hidden) == round(rate * grid**2)
+        assert np.array_equal(hidden, np.unique(hidden)) and hidden.dtype == np.int64
+        assert len(hidden) == 0 or 0 <= hidden[0] <= hidden[-1] < grid**2
+
+
+def test_blocks_are_rectangles_of_many_shapes_anywhere() -> None:
+    rng, shown, beside, widths = corrupt.row_generator(7), np.zeros((14, 14)), [], []
+    for _ in range(2000):
+        hidden = np.zeros((14, 14), bool)
+        hidden.flat[corrupt.blocks(14, 0.4, rng)] = True
+        shown += hidden
+        beside.append((hidden[1:] & hidden[:-1]).sum() / hidden[1:].sum())
+        trimmed = np.zeros((14, 14), bool)
+        trimmed.flat[corrupt.blocks(14, 12 / 196, rng)] = True  # less than the smallest rectangle: of one, its first
+        high, wide = trimmed.any(axis=1).sum(), trimmed.any(axis=0).sum()
+        widths.append(wide)
+        assert high == -(-12 // wide)
+    assert np.mean(beside) > 0.75, "it were 0.4 of independent patches"
+    assert shown.min() > 0.03 * 2000, "corners too"
+    assert set(widths) == set(range(2, 8)) and abs(np.log(np.array(widths) / 4).mean()) < 0.05
+
+
+def test_a_rate_of_blocks_beyond_all_is_wrong() -> None:
+    with pytest.raises(ValueError, match="1.5 is not within 0 and 1"):
+        corrupt.blocks(8, 1.5, corrupt.row_generator(8))

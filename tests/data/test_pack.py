@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from opt.data.pack import Packer
+from opt.data.pack import FRAME, PATCH, Packer
+from opt.data.pixels import Patches
 
 
 def test_writings_look_at_their_own_sequence() -> None:
@@ -32,3 +33,27 @@ def test_a_decoder_without_rows_looks_at_nothing() -> None:
     packer.sequence("encoder", [packer.text(np.arange(3))])
     writing = packer.batch([], {}, {}, {}, writings=("codes",)).writings["codes"]
     assert len(writing.seen) == len(writing.ids) == 0 and writing.context.buckets == ()
+
+
+def test_hidden_patches_keep_their_places_and_the_whole_picture_stays() -> None:
+    packer = Packer(4, 4, 3, (FRAME, PATCH), {"image": (PATCH,)})
+    rng, given, parts = np.random.default_rng(0), [], []
+    for count in (3, 5, 4):
+        given.append(Patches(rng.integers(1, 255, (count, 3)).astype(np.uint8), rng.integers(1, 20, (count, 4)),
+                             rng.random((count, 4)).astype(np.float32)))
+        parts.append(packer.patches(given[-1]))
+        packer.sequence("image", [packer.first(PATCH), parts[-1]])
+    once = packer.hide_patches(parts[1], np.array([1, 4]))
+    twice = packer.hide_patches(once, np.array([0, 1]))
+    none = packer.hide_patches(parts[2], np.zeros(0, np.int64))
+    for part in (once, twice, none):
+        packer.sequence("image", [packer.first(PATCH), part])
+    table = packer.batch([], {}, {}, {}).patches
+    for part, whole, hidden in ((parts[0], 0, []), (parts[1], 1, []), (once, 1, [1, 4]), (twice, 1, [0, 1, 4]),
+                                (none, 2, [])):
+        assert np.array_equal(table.places[part.entries], given[whole].places)
+        assert np.array_equal(table.shares[part.entries], given[whole].shares)
+        assert np.flatnonzero(table.masked[part.entries]).tolist() == hidden
+        pixels = given[whole].pixels.copy()
+        pixels[hidden] = 0
+        assert np.array_equal(table.pixels[part.entries], pixels)
