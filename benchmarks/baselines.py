@@ -54,7 +54,7 @@ def regroup(batch: Batch, padded: bool) -> Batch:
         if kind == "fused":
             seen_place = place.copy()
         views[kind] = View(torch.from_numpy(gather[token[kept]]), torch.from_numpy(place[first[numbers]]),
-                           self_layout(kept.sum(1)), kept.sum(1))
+                           self_layout(kept.sum(1)), kept.sum(1), view.tables[token[kept]])
         if padded:
             extra[f"{kind}_valid"] = torch.from_numpy(valid)
         offset += int(kept.sum())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opt.data.batch import Batch, View
 from opt.data.layout import self_layout
-from opt.data.pack import Packer
+from opt.data.pack import PATCH, Packer
 from opt.nn.block import Stack
 from opt.nn.heads import Projection, Temperature
 from opt.objectives.contrastive import in_batch
@@ -46,7 +46,7 @@ def pack(pixels: Tensor, captions: list[np.ndarray], patch: int) -> Batch:
     batch = packer.batch([str(place.number) for place in places], {}, extra, {"pairs": len(captions)})
     patches = (pixels.shape[-1] // patch) ** 2 + 1
     every, lengths = torch.arange(len(pixels) * patches), np.full(len(pixels), patches)
-    image = View(every, every[::patches], self_layout(lengths), lengths)
+    image = View(every, every[::patches], self_layout(lengths), lengths, np.full(len(every), PATCH, np.int8))
     return replace(batch, views={**batch.views, "image": image})
 
 

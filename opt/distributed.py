@@ -62,20 +62,42 @@ def gather_rows(rows: Tensor, capacity: int, filler: int = 0) -> Tensor:
     return sum_with_gradient(_pad(filled, rank() * capacity, (world() - 1 - rank()) * capacity, 0))
 
 
-def gather_tokens(hidden_ND: Tensor, lengths_B: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """The sequences of all ranks end to end by rank, (M, D), and their lengths (W x B,) int64 on the host.
+def exchange_tokens(hidden_ND: Tensor, lengths_B: np.ndarray, rows_P: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """The sequences `rows_P` of all ranks, end to end (M, D), and their lengths (P,) int64 on the host.
 
-    Every rank has B sequences, of any length; each waits once for its device, to learn the others' lengths. Gradients
-    are exact: own entries get the sum of what all ranks' losses say of them. One process: its own, without waiting.
+    Row r x B + i is sequence i of rank r; every rank has B sequences, of any length, and asks for as many as it likes.
+    Only what is asked for goes from rank to rank. Gradients are exact: entries get the sum of what all who asked for
+    them say. Each rank waits for its device, to learn what others have and want. One process: its own, without waiting.
     """
     if world() == 1:
-        return hidden_ND, lengths_B
-    own_B = torch.from_numpy(lengths_B).to(hidden_ND.device)
-    lengths_WB = gather_rows(own_B, len(own_B)).unflatten(0, (world(), len(own_B))).numpy(force=True)
-    entries_W = lengths_WB.sum(axis=1).tolist()
-    filled_WND = gather_rows(hidden_ND, max(entries_W)).unflatten(0, (world(), max(entries_W)))
-    pieces = [filled_ND[:entries] for filled_ND, entries in zip(filled_WND.unbind(), entries_W, strict=True)]
-    return torch.cat(pieces), lengths_WB.reshape(-1)
+        return _sequences(hidden_ND, lengths_B, rows_P), lengths_B[rows_P]
+    counts_W = _of_all(np.array([len(rows_P)]), hidden_ND.device)[:, 0]
+    wanted_WP = _of_all(np.pad(rows_P, (0, int(counts_W.max()) - len(rows_P))), hidden_ND.device)
+    lengths_WB = _of_all(lengths_B, hidden_ND.device)
+    owner_P, size_P = rows_P // len(lengths_B), lengths_WB.reshape(-1)[rows_P]
+    order_P = np.argsort(owner_P, kind="stable")
+    asked = [wanted[:count][wanted[:count] // len(lengths_B) == rank()] % len(lengths_B)
+             for wanted, count in zip(wanted_WP, counts_W, strict=True)]
+    sent = _sequences(hidden_ND, lengths_B, np.concatenate(asked))
+    given = [int(lengths_B[rows].sum()) for rows in asked]
+    taken = [int(size_P[owner_P == owner].sum()) for owner in range(world())]
+    arrived = _Exchange.apply(sent, given, taken)
+    back_P = np.empty_like(order_P)
+    back_P[order_P] = np.arange(len(order_P))
+    return _sequences(arrived, size_P[order_P], back_P), size_P
+
+
+def _sequences(hidden_ND: Tensor, lengths_B: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Sequences `rows` end to end; one may come several times."""
+    starts, lengths = (np.cumsum(lengths_B) - lengths_B)[rows], lengths_B[rows]
+    index = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+    return F.embedding(torch.from_numpy(index).to(hidden_ND.device), hidden_ND)
+
+
+def _of_all(numbers: np.ndarray, device: torch.device) -> np.ndarray:
+    """Numbers (n,) of every rank, n the same on all: (W, n) int64 on the host."""
+    own = torch.from_numpy(numbers.astype(np.int64)).to(device)
+    return gather_rows(own, len(own)).unflatten(0, (world(), len(own))).numpy(force=True)
 
 
 def interleaved(rows: Tensor, parts: int) -> Tensor:
@@ -104,3 +126,19 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to and from every rank: `given` and `taken` say how many. Its gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        ctx.counts = given, taken
+        arrived = rows.new_empty(sum(taken), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), taken, given)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        given, taken = ctx.counts
+        return _Exchange.apply(gradient, taken, given), None, None

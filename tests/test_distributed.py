@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from opt.data.batch import Batch
 from opt.data.plan import BatchPlan, row_keys, split
 from opt.data.record import Sample
-from opt.distributed import gather_rows, gather_tokens, interleaved, sum_over_ranks, sum_with_gradient
+from opt.distributed import exchange_tokens, gather_rows, interleaved, sum_over_ranks, sum_with_gradient
 from opt.nn.heads import Temperature
 from opt.objectives.contrastive import momentum_contrast
 from opt.objectives.matching import draw_negatives
@@ -195,6 +195,8 @@ def gathering(rank: int, world: int) -> dict[str, Tensor]:
 
 LENGTHS = {"uneven": ((2, 0, 3), (1, 1, 4)), "one has none": ((0, 0), (2, 1)), "none": ((0,), (0,))}
 """Tokens of the sequences of the first and of the second process."""
+ASKED = {"uneven": ((5, 0, 0, 2, 3), (4, 2)), "one has none": ((3, 1, 2), ()), "none": ((0, 1), (1,))}
+"""Which of both processes' sequences each of them asks for."""
 
 
 def sequences(rank: int, name: str) -> tuple[Tensor, np.ndarray]:
@@ -207,15 +209,15 @@ def judged(hidden: Tensor, rank: int) -> Tensor:
     return (hidden * (1 + torch.arange(hidden.numel()).reshape(hidden.shape)) ** (1 + rank)).sum()
 
 
-def gathering_tokens(rank: int) -> dict[str, Tensor]:
-    """Sequences of all ranks, and the gradient of the sum of both ranks' losses."""
+def exchanging(rank: int) -> dict[str, Tensor]:
+    """Sequences asked for, and the gradient of the sum of both ranks' losses."""
     results = {}
     for name in LENGTHS:
         own, lengths = sequences(rank, name)
-        gathered, all_lengths = gather_tokens(own, lengths)
-        judged(gathered, rank).backward()
-        results |= {f"{name} tokens": gathered.detach(), f"{name} gradient": own.grad,
-                    f"{name} lengths": torch.from_numpy(all_lengths)}
+        taken, taken_lengths = exchange_tokens(own, lengths, np.array(ASKED[name][rank], np.int64))
+        judged(taken, rank).backward()
+        results |= {f"{name} tokens": taken.detach(), f"{name} gradient": own.grad,
+                    f"{name} lengths": torch.from_numpy(taken_lengths)}
     return results
 
 
@@ -267,7 +269,7 @@ def run_as_rank(rank: int, folder: Path) -> None:
             if rank == 0:
                 torch.save(results, folder / f"{name}, {micros}.pt")
     clamped = sharded_temperature()
-    results = {**gathering(rank, 2), **gathering_tokens(rank), **momentum(rank, 2), "clamped": clamped}
+    results = {**gathering(rank, 2), **exchanging(rank), **momentum(rank, 2), "clamped": clamped}
     torch.save(results, folder / f"rank {rank}.pt")
     dist.destroy_process_group()
 
@@ -332,16 +334,19 @@ def test_rows_of_all_ranks_stand_at_known_places_and_their_gradient_comes_from_a
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_sequences_of_all_ranks_lie_end_to_end_and_their_gradient_comes_from_all(two: Path, name: str) -> None:
+def test_sequences_come_from_all_ranks_as_asked_for_and_their_gradient_from_all_who_asked(two: Path, name: str) -> None:
     whole = torch.cat([sequences(rank, name)[0].detach() for rank in range(2)]).requires_grad_()
-    sum(judged(whole, rank) for rank in range(2)).backward()
+    lengths = LENGTHS[name][0] + LENGTHS[name][1]
+    pieces = whole.split(list(lengths))
+    taken = [torch.cat([whole[:0], *(pieces[row] for row in ASKED[name][rank])]) for rank in range(2)]
+    sum(judged(tokens, rank) for rank, tokens in enumerate(taken)).backward()
     begin = 0
     for rank in range(2):
         results = torch.load(two / f"rank {rank}.pt", weights_only=True)
-        assert torch.equal(results[f"{name} tokens"], whole)
-        assert tuple(results[f"{name} lengths"].tolist()) == LENGTHS[name][0] + LENGTHS[name][1]
+        assert torch.equal(results[f"{name} tokens"], taken[rank])
+        assert results[f"{name} lengths"].tolist() == [lengths[row] for row in ASKED[name][rank]]
         own = results[f"{name} gradient"]
-        assert torch.equal(own, whole.grad[begin : begin + len(own)])
+        torch.testing.assert_close(own, whole.grad[begin : begin + len(own)])
         begin += len(own)
     assert begin == len(whole)
 
@@ -373,8 +378,8 @@ def test_alone_everything_is_itself() -> None:
     rows = torch.ones(2, 3)
     assert sum_over_ranks(counts) is counts
     assert gather_rows(rows, 5) is rows and sum_with_gradient(rows) is rows
-    lengths = np.array([2])
-    assert all(found is given for found, given in zip(gather_tokens(rows, lengths), (rows, lengths), strict=True))
+    taken, lengths = exchange_tokens(rows, np.array([1, 1]), np.array([1, 0, 1]))
+    assert torch.equal(taken, rows[[1, 0, 1]]) and lengths.tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="2 rows exceed the capacity of 1"):
         gather_rows(rows, 1)
 

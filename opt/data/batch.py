@@ -65,12 +65,14 @@ class PatchTable:
 @dataclass(frozen=True)
 class View:
     """Sequences over tables. gather (N,) int64 into [text; regions; frames], or into the one table of the view; first
-    (S,) int64: each one's [CLS]; lengths (S,) int64 on the host, filler left out."""
+    (S,) int64: each one's [CLS]; lengths (S,) int64 on the host, filler left out; tables (N,) int8 on the host: the
+    table of each token (opt.data.pack), by which experts take turns."""
 
     gather: Tensor
     first: Tensor
     layout: AttentionLayout
     lengths: np.ndarray
+    tables: np.ndarray
 
 
 @dataclass(frozen=True)

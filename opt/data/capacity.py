@@ -74,7 +74,8 @@ class Filled:
         lengths = _lengths(view.layout.query_borders)
         (filler,) = self._filler(lengths)
         layout = _bounded(self_layout(np.concatenate([lengths, filler])), view.layout)
-        return View(_repeat(view.gather, filler.sum()), view.first, layout, view.lengths)
+        tables = np.concatenate([view.tables, np.resize(view.tables, int(filler.sum()))])
+        return View(_repeat(view.gather, filler.sum()), view.first, layout, view.lengths, tables)
 
     def _writing(self, writing: Writing) -> Writing:
         if len(writing.ids) == 0:

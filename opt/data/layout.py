@@ -9,6 +9,7 @@ P and Q dense queries and keys of all buckets.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,8 @@ class AttentionLayout:
     inverse (N,) int64: where each query token lies among the P dense ones.
     pairs: queries x keys, summed over sequences: what attention cannot do without.
     padded: queries computed, padding included.
+    order (N,) int64: the token of the sequences that lies at each place, where tokens lie in another order (`sorted_by`);
+    place (N,) its inverse. None: they lie as the sequences do.
     """
 
     query_borders: Tensor
@@ -57,6 +60,13 @@ class AttentionLayout:
     buckets: tuple[Bucket, ...]
     pairs: int
     padded: int
+    order: Tensor | None = None
+    place: Tensor | None = None
+
+    def sorted_by(self, order: Tensor, place: Tensor) -> AttentionLayout:
+        """The same self-attention of tokens that lie in another order: token order[j] of the sequences at place j."""
+        assert self.key is None and self.order is None
+        return dataclasses.replace(self, query=place[self.query], inverse=self.inverse[order], order=order, place=place)
 
 
 def self_layout(lengths: np.ndarray) -> AttentionLayout:

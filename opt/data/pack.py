@@ -208,7 +208,9 @@ class Packer:
         lengths = np.array([place.length for place, _ in sequences], np.int64)
         first = np.array([place.start for place, _ in sequences], np.int64)
         gather = np.concatenate([np.zeros(0, np.int64), *entries])
-        return View(torch.from_numpy(gather), torch.from_numpy(first), self_layout(lengths), lengths)
+        tables = np.repeat(np.array([part.table for _, parts in sequences for part in parts], np.int8),
+                           np.array([len(each) for each in entries], np.int64))
+        return View(torch.from_numpy(gather), torch.from_numpy(first), self_layout(lengths), lengths, tables)
 
     def _offsets(self, tables: Sequence[int]) -> dict[int, int]:
         """Where entry 0 of each table lies when these tables lie end to end, learned first entries before their own."""

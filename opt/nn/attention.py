@@ -10,6 +10,7 @@ in a bucket, L padded length, P and Q dense queries and keys of all buckets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -56,17 +57,21 @@ class _Return(torch.autograd.Function):
         return dense.index_copy_(0, inverse, gradient), None
 
 
-def attend(query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool) -> Tensor:
+def attend(
+    query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool,
+    bias: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Scaled dot-product attention of packed queries over packed keys: (N, D).
 
     key_value_M2D: keys beside values. causal: a query sees keys up to its own place; query and key sequences must then
-    be the same.
+    be the same. bias: added to the scores of each bucket of the layout, (b, H, L, L) or what broadcasts to it; -inf
+    where a query must not look. No kernel takes it, so that it is computed by buckets on every device.
     """
     if len(query_ND) == 0:  # no sequence in this batch: an empty result that still uses every projection
         return query_ND + key_value_M2D[:0, : query_ND.shape[1]]
-    if _has_kernel(query_ND, heads):
+    if bias is None and _has_kernel(query_ND, heads):
         return _attend_packed(query_ND, key_value_M2D, heads, layout, causal)
-    return _attend_in_buckets(query_ND, key_value_M2D, heads, layout, causal)
+    return _attend_in_buckets(query_ND, key_value_M2D, heads, layout, causal, bias)
 
 
 def _has_kernel(query_ND: Tensor, heads: int) -> bool:
@@ -80,6 +85,8 @@ def _attend_packed(
 ) -> Tensor:
     """No padding, no copies; torch.compile sees one operation, whatever the lengths."""
     key_value_K2D = key_value_M2D
+    if layout.place is not None:
+        query_ND, key_value_K2D = (F.embedding(layout.place, each) for each in (query_ND, key_value_M2D))
     if layout.key_order is not None:
         key_value_K2D = F.embedding(layout.key_order, key_value_M2D)
     key_KHd, value_KHd = key_value_K2D.unflatten(-1, (2 * heads, -1)).chunk(2, dim=1)
@@ -87,16 +94,20 @@ def _attend_packed(
         query_ND.unflatten(-1, (heads, -1)), key_KHd, value_KHd, layout.query_borders, layout.key_borders,
         layout.longest.shape[0], layout.longest.shape[1], window_size=(-1, 0) if causal else (-1, -1),
     ))
-    return output_NHd.flatten(1)
+    output_ND = output_NHd.flatten(1)
+    return output_ND if layout.order is None else F.embedding(layout.order, output_ND)
 
 
 @torch.compiler.disable
 def _attend_in_buckets(
-    query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool
+    query_ND: Tensor, key_value_M2D: Tensor, heads: int, layout: AttentionLayout, causal: bool,
+    bias: Sequence[Tensor] | None,
 ) -> Tensor:
     """Buckets differ from batch to batch, so compiled blocks step out of their graph here."""
-    if layout.key is None and len(layout.buckets) == 1 and len(layout.query) == len(layout.inverse):
-        return _attend_dense(query_ND, key_value_M2D, heads, layout.buckets[0], causal)  # all of one length, in order
+    biases = bias if bias is not None else [None] * len(layout.buckets)
+    in_order = layout.key is None and layout.order is None
+    if in_order and len(layout.buckets) == 1 and len(layout.query) == len(layout.inverse):  # all of one length
+        return _attend_dense(query_ND, key_value_M2D, heads, layout.buckets[0], causal, biases[0])
     query_PD = _Gather.apply(query_ND, layout.query, layout.inverse)
     if layout.key is None:
         key_value_Q2D = _Gather.apply(key_value_M2D, layout.query, layout.inverse)
@@ -105,18 +116,23 @@ def _attend_in_buckets(
     queries = query_PD.split([bucket.rows * bucket.queries for bucket in layout.buckets])
     keys_values = key_value_Q2D.split([bucket.rows * bucket.keys for bucket in layout.buckets])
     outputs = [
-        _attend_dense(query, key_value, heads, bucket, causal)
-        for query, key_value, bucket in zip(queries, keys_values, layout.buckets, strict=True)
+        _attend_dense(query, key_value, heads, bucket, causal, bias)
+        for query, key_value, bucket, bias in zip(queries, keys_values, layout.buckets, biases, strict=True)
     ]
     return _Return.apply(torch.cat(outputs), layout.inverse)
 
 
-def _attend_dense(query_PD: Tensor, key_value_Q2D: Tensor, heads: int, bucket: Bucket, causal: bool) -> Tensor:
+def _attend_dense(
+    query_PD: Tensor, key_value_Q2D: Tensor, heads: int, bucket: Bucket, causal: bool, bias: Tensor | None
+) -> Tensor:
     query_bHLd = query_PD.view(bucket.rows, bucket.queries, heads, -1).transpose(1, 2)
     key_value_bHLd = key_value_Q2D.view(bucket.rows, bucket.keys, 2 * heads, -1).transpose(1, 2)
     key_bHLd, value_bHLd = key_value_bHLd.chunk(2, dim=1)
     # Padding lies behind every real query of its row, so the causal mask alone already hides it.
     mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
+    if bias is not None:
+        assert not causal
+        mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(query_bHLd.dtype)
     if query_PD.dtype == torch.bfloat16 and query_PD.device.type == "cpu":
         output_bHLd = _attend_by_products(query_bHLd, key_bHLd, value_bHLd, mask, causal)
     else:
@@ -131,7 +147,9 @@ def _attend_by_products(query_bHLd: Tensor, key_bHLd: Tensor, value_bHLd: Tensor
     scores_bHLL = (query_bHLd * query_bHLd.shape[-1] ** -0.5) @ key_bHLd.transpose(-1, -2)
     if causal:
         mask = torch.ones(scores_bHLL.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:  # added in place: nothing is copied, and the backward pass need not know of it
+    if mask is not None and mask.dtype != torch.bool:
+        scores_bHLL = scores_bHLL + mask
+    elif mask is not None:  # added in place: nothing is copied, and the backward pass need not know of it
         scores_bHLL += torch.zeros(mask.shape, dtype=scores_bHLL.dtype).masked_fill_(~mask, float("-inf"))
     return scores_bHLL.softmax(dim=-1) @ value_bHLd
 

@@ -7,6 +7,7 @@ from torch import nn
 from opt.nn.block import Block, Stack
 from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Projection
+from opt.nn.multiway import MultiwayBlock, MultiwayStack
 
 
 def normal(module: nn.Module) -> None:
@@ -26,6 +27,10 @@ def by_width(module: nn.Module) -> None:
         for block in module.blocks:
             assert isinstance(block, Block)
             _block(block, (2 * len(module.blocks)) ** -0.5)
+    elif isinstance(module, MultiwayStack):
+        for block in module.blocks:
+            assert isinstance(block, MultiwayBlock)
+            _multiway(block, (2 * len(module.blocks)) ** -0.5)
     elif isinstance(module, TextEmbedder):
         nn.init.normal_(module.token.weight, std=0.02)
         nn.init.normal_(module.position.weight, std=0.01)
@@ -49,3 +54,19 @@ def _block(block: Block, deep: float) -> None:
     assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
     nn.init.normal_(into.weight, std=(2 * width) ** -0.5)
     nn.init.normal_(out.weight, std=width**-0.5 * deep)
+
+
+def _multiway(block: MultiwayBlock, deep: float) -> None:
+    """Each expert as the sub-layer of a block that has but one."""
+    attention = block.self_attention
+    for experts, deviation in ((attention.query, 1.0), (attention.key_value, 1.0), (attention.output, deep)):
+        for linear in experts.each.values():
+            assert isinstance(linear, nn.Linear)
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5 * deviation)
+            nn.init.zeros_(linear.bias)
+    for feed in block.feed_forward.each.values():
+        assert isinstance(feed, nn.Sequential)
+        into, out = feed[0], feed[-1]
+        assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+        nn.init.normal_(into.weight, std=(2 * into.in_features) ** -0.5)
+        nn.init.normal_(out.weight, std=into.in_features**-0.5 * deep)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opt.data.batch import View, moved
 from opt.data.layout import AttentionLayout, cross_layout, ranges, self_layout
-from opt.distributed import gather_tokens
+from opt.distributed import exchange_tokens
 
 ABSENT = -1
 """The row of a sample that has nothing there: an empty sequence."""
@@ -57,9 +57,10 @@ class States:
         hidden_ND = torch.cat([piece.hidden for piece in pieces])
         return States(hidden_ND, np.concatenate([piece.lengths for piece in pieces]))
 
-    def of_all_ranks(self) -> States:
-        """The samples of all ranks, which have equally many, in the order of ranks; with exact gradients."""
-        return States(*gather_tokens(self.hidden, self.lengths))
+    def of_ranks(self, rows: np.ndarray) -> States:
+        """The samples `rows` (P,) of all ranks, which have equally many, counted rank by rank; with exact gradients.
+        Only these go from rank to rank."""
+        return States(*exchange_tokens(self.hidden, self.lengths, rows))
 
     @property
     def starts(self) -> np.ndarray:
@@ -99,21 +100,28 @@ def onto(queries: np.ndarray, keys: np.ndarray, device: torch.device, rows: np.n
     return moved(cross_layout(np.cumsum(queries) - queries, queries, starts, keys), device)
 
 
-def side_by_side(parts: Sequence[States]) -> tuple[Tensor, View]:
-    """Sequence p is what sample p is in each of the parts, in order: entries (N, D), and where sequences begin."""
-    entries_ND, lengths = _side_by_side(parts)
+def side_by_side(parts: Sequence[States], tables: Sequence[int] | None = None) -> tuple[Tensor, View]:
+    """Sequence p is what sample p is in each of the parts, in order: entries (N, D), and where sequences begin.
+
+    tables: of the parts (opt.data.pack), where experts ask for them; else TEXT.
+    """
+    entries_ND, lengths_PM = _side_by_side(parts)
+    lengths, table_PM = lengths_PM.sum(1), np.broadcast_to(np.array(tables or 0, np.int8), lengths_PM.shape)
     view = View(
-        torch.arange(len(entries_ND)), torch.from_numpy(np.cumsum(lengths) - lengths), self_layout(lengths), lengths
+        torch.arange(len(entries_ND)), torch.from_numpy(np.cumsum(lengths) - lengths), self_layout(lengths), lengths,
+        np.repeat(table_PM.ravel(), lengths_PM.ravel()),
     )  # fmt: skip
     return entries_ND, moved(view, entries_ND.device)
 
 
 def beside(parts: Sequence[States]) -> States:
     """Sample p is what it is in each of the parts, one part behind the other."""
-    return States(*_side_by_side(parts))
+    hidden_ND, lengths_PM = _side_by_side(parts)
+    return States(hidden_ND, lengths_PM.sum(1))
 
 
 def _side_by_side(parts: Sequence[States]) -> tuple[Tensor, np.ndarray]:
+    """Entries (N, D), and how many each of P samples has of each of M parts, (P, M)."""
     lengths_PM = np.stack([part.lengths for part in parts], axis=1)
     starts_PM, offset = np.empty_like(lengths_PM), 0
     for column, part in enumerate(parts):
@@ -121,4 +129,4 @@ def _side_by_side(parts: Sequence[States]) -> tuple[Tensor, np.ndarray]:
         offset += len(part.hidden)
     gather = torch.from_numpy(ranges(starts_PM.ravel(), lengths_PM.ravel()))
     hidden_ND = torch.cat([part.hidden for part in parts])
-    return nn.functional.embedding(gather.to(hidden_ND.device), hidden_ND), lengths_PM.sum(1)
+    return nn.functional.embedding(gather.to(hidden_ND.device), hidden_ND), lengths_PM

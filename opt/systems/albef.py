@@ -242,11 +242,9 @@ class ALBEF(Answering):
 
         pairs = pair_up(contrast, batch, self.contrast.temperature() * (self.config.negatives == "hard"))
         text, hidden, context = _sequences(states, batch)
-        own = np.flatnonzero(usable(batch))
-        fused = self.encoders.fuse(
-            States.joined([text.of_all_ranks().take(pairs.text), hidden]), context.of_all_ranks(),
-            np.concatenate([pairs.context, rank() * len(batch.keys) + own]),
-        )
+        own = rank() * len(batch.keys) + np.flatnonzero(usable(batch))
+        distinct, looks = np.unique(np.concatenate([pairs.context, own]), return_inverse=True)
+        fused = self.encoders.fuse(States.joined([text.of_ranks(pairs.text), hidden]), context.of_ranks(distinct), looks)
         match = pairs.term(odds(self.match_head(fused.first[: len(pairs.text)])), batch.counts["match"])
 
         place_M, label_M = batch.targets["mlm"].index, batch.targets["mlm"].label

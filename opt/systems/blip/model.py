@@ -86,8 +86,9 @@ class BLIP(Answering):
         """True pairs and hard negatives, of all ranks, in one pass."""
         pairing = pair_up(found, batch, self.contrast.temperature())
         words = self.network.words(batch.text, batch.views["text"], self.tokenizer.enc)
-        words = words.take(batch.host["rows"][:, 0]).of_all_ranks().take(pairing.text)
-        judged = self.network.onto(words, context.of_all_ranks(), pairing.context)
+        words = words.take(batch.host["rows"][:, 0]).of_ranks(pairing.text)
+        distinct, looks = np.unique(pairing.context, return_inverse=True)
+        judged = self.network.onto(words, context.of_ranks(distinct), looks)
         return pairing.term(odds(self.match_head(judged.first)), batch.counts["match"], self.config.match_weight)
 
     def _language(self, batch: Batch, context: States) -> Term:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opt.config import UserError
 from opt.data.batch import Batch, TextTable
 from opt.data.record import CODE_GRID, Sample
 from opt.data.tokenizer import Tokenizer
@@ -48,6 +49,10 @@ class OPT(System):
 
     def __init__(self, config: OPTConfig, tokenizer: Tokenizer, facts: DataFacts) -> None:
         super().__init__()
+        if facts.codes_grid not in (0, CODE_GRID[0]):
+            raise UserError(f"the shards tell a picture in {facts.codes_grid} x {facts.codes_grid} codes, and OPT draws "
+                            f"{CODE_GRID[0]} x {CODE_GRID[1]}; extract again with --codes-grid {CODE_GRID[0]}, or with "
+                            "--codes none")
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         width, dropout, epsilon = config.width, config.dropout, config.norm_epsilon
         region_width, speech_width = max(facts.region_width, 1), max(facts.speech_width, 1)
@@ -181,8 +186,7 @@ class OPT(System):
         pairs = pair_up(Contrasted({}, online, keys, gathered(batch.extra["picture"]), {}), batch, self.temperature())
         text, image = part(batch, entries, rows[:, 0], 0), part(batch, entries, rows[:, 1], 1)
         with uncompiled():
-            logits_P5 = self._matched({"text": text.of_all_ranks().take(pairs.text),
-                                       "image": image.of_all_ranks().take(pairs.context)})
+            logits_P5 = self._matched({"text": text.of_ranks(pairs.text), "image": image.of_ranks(pairs.context)})
         return {"hard": pairs.term(logits_P5[:, ALL_MATCH], batch.counts["hard"])}
 
     def _answering(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Term]:

@@ -77,6 +77,10 @@ class TowerRows:
         ids = self.tokenizer.encode(caption, self.config.text_positions - 2)
         return ids if len(ids) else np.array([self.tokenizer.unk])
 
+    def view(self, modality: str) -> str:
+        """The view in which sequences of one modality stand."""
+        return modality
+
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
         """What else the rows are asked: masked words, words to write. Nothing by default."""
         return Asked()
@@ -139,12 +143,12 @@ class TowerRows:
         if "text" in modalities and sample.caption:
             ids = self.words(sample.caption)
             parts["text"] = packer.text(self.sequence(ids))
-            alone["text"] = packer.sequence("text", [parts["text"]])
+            alone["text"] = packer.sequence(self.view("text"), [parts["text"]])
         if "image" in modalities and sample.pictures:
             for patches in see_all(sample, self.config.sight, rng, None if rng is None else 1):
                 parts["image"] = packer.patches(patches)
-                alone["image"] = packer.sequence("image", [packer.first(PATCH), parts["image"]])
+                alone["image"] = packer.sequence(self.view("image"), [packer.first(PATCH), parts["image"]])
         if "audio" in modalities and sample.speech is not None:
             parts["audio"] = packer.frames(sample.speech[: self.config.frame_positions])
-            alone["audio"] = packer.sequence("audio", [packer.first(FRAME), parts["audio"]])
+            alone["audio"] = packer.sequence(self.view("audio"), [packer.first(FRAME), parts["audio"]])
         return parts, ids, alone

@@ -1,0 +1,139 @@
+"""Systems with one multiway transformer: each modality by itself, or several side by side in one sequence.
+
+    text   [CLS] words [SEP]   \\
+    image  [class] patches      > a sequence of the view "encoder": one, or several in the order of `config.reads`
+    audio  [class] frames      /
+    entries of all sequences --MultiwayStack: experts by modality--> States; the first state sums a sequence up
+
+Dual encoder and fusion encoder are the same weights: what differs is what lies in a sequence.
+Shape legend: N packed tokens, S sequences, P pairs, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opt.config import UserError
+from opt.data.batch import Batch, View
+from opt.data.layout import ranges
+from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
+from opt.data.record import Sample
+from opt.nn.heads import Pooler
+from opt.nn.multiway import MultiwayStack
+from opt.nn.relative import Bias
+from opt.nn.states import States, side_by_side
+from opt.systems.shared.asking import Answering
+from opt.systems.shared.rows import TowerRows
+from opt.systems.shared.towers import as_clips
+
+TABLE = {"text": TEXT, "image": PATCH, "audio": FRAME}
+
+
+class MultiwayRows(TowerRows):
+    """Sequences of all kinds in one view."""
+
+    def packer(self) -> Packer:
+        """An empty one with the view "encoder" over words, patches and frames."""
+        tables = tuple(TABLE[name] for name in ("text", "image", "audio") if name in self.modalities)
+        return Packer(1, max(self.speech_width, 1), 3 * self.config.sight.patch**2, (PATCH, FRAME), {"encoder": tables})
+
+    def view(self, modality: str) -> str:
+        """One for all modalities."""
+        return "encoder"
+
+    def join(self, packer: Packer, parts: Mapping[str, Part]) -> Place:
+        """One sequence of several parts, each behind its own first entry, in the order of the configuration."""
+        ordered = []
+        for name in self.config.reads:
+            if name in parts:
+                ordered += [parts[name]] if name == "text" else [packer.first(TABLE[name]), parts[name]]
+        return packer.sequence("encoder", ordered)
+
+
+class MultiwaySystem(Answering):
+    """Base of systems that read all modalities with one multiway transformer.
+
+    A system has `embedders`, `stack` and `pooler`, and gives `vector`; its configuration says in `reads` which
+    modalities it has, in the order in which they stand in a sequence.
+    """
+
+    embedders: nn.ModuleDict
+    stack: MultiwayStack
+    pooler: Pooler
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it reads."""
+        return tuple(name for name in ("text", "image", "audio") if name in self.config.reads)
+
+    def entries(self, batch: Batch) -> Tensor:
+        """Every token of the batch's sequences before the stack: (N, D)."""
+        tables = [self.embedders[name](batch.table(name)) for name in self.modalities]
+        return nn.functional.embedding(batch.views["encoder"].gather, torch.cat(tables))
+
+    def bias(self, view: View) -> Bias | None:
+        """What attention adds to its scores in the sequences of a view. Nothing by default."""
+        return None
+
+    def read(self, entries_ND: Tensor, view: View) -> Tensor:
+        """States of every token of a view's sequences (N, D)."""
+        return self.stack(entries_ND, view, self.bias(view))
+
+    def encode(self, modality: str, batch: Batch) -> States:
+        """One modality's sequences by themselves."""
+        view = batch.views["encoder"]
+        return States.of(self.read(self.entries(batch), view), view)
+
+    def unfused(self, modality: str, batch: Batch) -> States:
+        """Embedded words, patches or frames: modalities mix from the first layer on, so that this is all that pairs
+        can share."""
+        return as_clips(States.of(self.entries(batch), batch.views["encoder"]), modality, batch)
+
+    def together(self, parts: Mapping[str, States]) -> States:
+        """States of sequences that are sample p of all parts, each as `unfused` gives it, side by side."""
+        names = [name for name in self.config.reads if name in parts]
+        entries_ND, view = side_by_side([parts[name] for name in names], [TABLE[name] for name in names])
+        return States.of(self.read(entries_ND, view), view)
+
+    def pooled(self, parts: Mapping[str, States]) -> Tensor:
+        """The first state of all parts together, pooled: (P, D)."""
+        return cast(Tensor, self.pooler(self.together(parts).first))
+
+    @torch.inference_mode()
+    def features(self, samples: Sequence[Sample], modalities: Sequence[str]) -> Tensor:
+        """The first state of all modalities together, and the mean of all states, side by side."""
+        states = self.together({name: self.alone(samples, name) for name in modalities})
+        row_N = torch.from_numpy(np.repeat(np.arange(len(states)), states.lengths)).to(self.device)
+        sums_SD = torch.zeros_like(states.first).index_add_(0, row_N, states.hidden)
+        mean_SD = sums_SD / torch.from_numpy(states.lengths).to(self.device)[:, None]
+        return torch.cat([states.first, mean_SD], dim=1).float()
+
+    def require_parts(self, parts: Mapping[str, States]) -> None:
+        """Raises UserError for fewer than two modalities, which there is nothing to match of."""
+        if len(parts) < 2:
+            raise UserError(f"{self.name} matches two modalities or three, not {' and '.join(parts) or 'none'}")
+
+
+def places(view: View, starts: Mapping[str, int]) -> Tensor:
+    """Where each token stands within its part of its sequence, counted from `starts` of its modality: (N,) int64.
+
+    Parts lie whole in sequences, one of each modality; filler has the place 0.
+    """
+    place_N = np.zeros(len(view.tables), np.int64)
+    real = int(view.lengths.sum())
+    if real:
+        begins = np.zeros(real, bool)
+        begins[np.cumsum(view.lengths) - view.lengths] = True
+        begins[1:] |= view.tables[1:real] != view.tables[: real - 1]
+        at = np.flatnonzero(begins)
+        lengths = np.diff(at, append=real)
+        first = np.zeros(len(lengths), np.int64)
+        for name, table in TABLE.items():
+            first[view.tables[at] == table] = starts.get(name, 0)
+        place_N[:real] = ranges(first, lengths)
+    return torch.from_numpy(place_N).to(view.gather.device)
