@@ -65,3 +65,18 @@ class OptimConfig:
     """Not applied to biases, norms and other vectors."""
     clip: float = 1.0
     """Largest gradient norm."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a training in several: what its rows show, what is asked of them, and which parameters move."""
+
+    name: str = "all"
+    data: tuple[str, ...] = ("text", "image", "audio")
+    """Modalities that rows show, of those that samples have and the system reads."""
+    objectives: tuple[str, ...] = ()
+    """Terms of the loss; none: all that the system has."""
+    trains: tuple[str, ...] = ("*",)
+    """Which parameters move, by patterns of their names; the others stay as they are, to the bit."""
+    share: float = 1.0
+    """Share of the steps of all stages."""
