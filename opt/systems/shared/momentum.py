@@ -26,6 +26,18 @@ from opt.systems.system import MODALITIES
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Both sides of a contrast, by modality, zeros where it is absent. online (B, E): the model's vectors. own
+    (B, ...): the twin's, and of the same rows "has_*" and "picture". of_ranks (K, ...): these of all ranks; keys (C, ...): those,
+    then the ring's."""
+
+    online: dict[str, Tensor]
+    own: dict[str, Tensor]
+    of_ranks: dict[str, Tensor]
+    keys: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Contrasted:
     """What a contrast of a batch found. terms: a pair of modalities each. online (B, E), keys (K, E): vectors by
     modality, zeros where absent; key_picture (K,): the keys' pictures. carry (K, ...): what goes into the ring."""
@@ -51,12 +63,26 @@ class MomentumContrast(nn.Module):
         flags = {f"has_{name}": torch.tensor(False) for name in self.modalities}
         self.ring = Ring(rows, {**fields, **flags, "picture": torch.tensor(NO_PICTURE)})
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs of modalities that are contrasted."""
+        return [(a, b) for a, b in PAIRS if a in self.modalities and b in self.modalities]
+
     def forward(
         self, vectors: Mapping[str, Tensor], kept: Mapping[str, Tensor], batch: Batch, alpha: float
     ) -> Contrasted:
         """vectors, kept: unit vectors (S, E) of each modality's sequences, by the model and by its twin. alpha: share
         of the targets that are the twin's beliefs."""
-        picture_B, scale, ring = batch.extra["picture"], self.temperature(), self.ring.fields()
+        compared = self.compare(vectors, kept, batch)
+        terms = {f"align_{a}_{b}": self.term(compared, a, b, both(compared.own, a, b), batch.counts[f"align_{a}_{b}"],
+                                             alpha) for a, b in self.pairs}
+        of_ranks = compared.of_ranks
+        keys = {name: of_ranks[name] for name in self.modalities}
+        return Contrasted(terms, compared.online, keys, of_ranks["picture"], of_ranks)
+
+    def compare(self, vectors: Mapping[str, Tensor], kept: Mapping[str, Tensor], batch: Batch) -> Compared:
+        """What the vectors of `forward` are to be found among."""
+        picture_B, ring = batch.extra["picture"], self.ring.fields()
         rows = {name: batch.host["rows"][:, MODALITIES.index(name)] for name in self.modalities}
         online = {name: by_row(vectors[name], rows[name]) for name in self.modalities}
         own: dict[str, Tensor] = {"picture": picture_B}
@@ -65,17 +91,17 @@ class MomentumContrast(nn.Module):
             own[f"has_{name}"] = torch.from_numpy(rows[name] >= 0).to(picture_B.device)
         of_ranks = {name: gathered(value) for name, value in own.items()}
         keys = {name: torch.cat([of_ranks[name], ring[name]]) for name in of_ranks}
-        terms = {}
-        for a, b in PAIRS:
-            if a in self.modalities and b in self.modalities:
-                name = f"align_{a}_{b}"
-                terms[name] = momentum_contrast(
-                    online[a], online[b], own[a], own[b], keys[a], keys[b],
-                    own[f"has_{a}"] & own[f"has_{b}"], keys[f"has_{a}"], keys[f"has_{b}"],
-                    picture_B, keys["picture"], scale, alpha, batch.counts[name],
-                )  # fmt: skip
-        keys_of_ranks = {name: of_ranks[name] for name in self.modalities}
-        return Contrasted(terms, online, keys_of_ranks, of_ranks["picture"], of_ranks)
+        return Compared(online, own, of_ranks, keys)
+
+    def term(
+        self, compared: Compared, a: str, b: str, asked_B: Tensor, count: Tensor, alpha: float, weight: float = 1.0
+    ) -> Term:
+        """The contrast of two modalities: what rows `asked_B`, which have both, add to it."""
+        online, own, keys = compared.online, compared.own, compared.keys
+        return momentum_contrast(
+            online[a], online[b], own[a], own[b], keys[a], keys[b], asked_B, keys[f"has_{a}"], keys[f"has_{b}"],
+            own["picture"], keys["picture"], self.temperature(), alpha, count, weight,
+        )  # fmt: skip
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """Takes the step's rows into the ring, those of all ranks and micro-batches in the order of the plan, and keeps
@@ -84,6 +110,11 @@ class MomentumContrast(nn.Module):
                for name in self.ring.names}
         self.ring.push(new, kept)
         self.temperature.clamp()
+
+
+def both(rows: Mapping[str, Tensor], a: str, b: str) -> Tensor:
+    """Which of the rows have both modalities: bool (rows,)."""
+    return rows[f"has_{a}"] & rows[f"has_{b}"]
 
 
 def by_row(vectors_SE: Tensor, rows: np.ndarray) -> Tensor:
