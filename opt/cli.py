@@ -49,6 +49,7 @@ VERBS = {
     "convert dalle": Verb("opt.weights.dalle:convert", "DALL-E's published image tokenizer to a file for extraction"),
     "import": Verb("opt.weights.importing:import_checkpoint", "a published checkpoint to a model for every verb"),
     "pretrain": Verb("pretrain.run:pretrain", "train a system on shards, or go on with a run"),
+    "stages": Verb("pretrain.stages:stages", "train a system in stages, each from the model of the one before"),
     "finetune": Verb("pretrain.finetune:finetune", "tune a model for retrieval, captions, questions or statements"),
     "generate": Verb("eval.generate:generate", "describe, transcribe or draw from your own files"),
     "index": Verb("eval.lookup.index:index", "pictures, captions and recordings as vectors, to search in"),

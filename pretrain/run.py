@@ -85,11 +85,12 @@ class PretrainConfig(Generic[ModelConfig]):
         words = [word for word in argv if not word.startswith("-")]
         first = argv[0] if argv and words and argv[0] == words[0] else ""
         preset = next((word for word in words if word.partition(".")[0] in names()), first)
+        kind: Any = cls
         if not preset:
-            return PretrainConfig[type(load("opt.tiny").model)], None  # type: ignore[misc]
+            return kind[type(load("opt.tiny").model)], None
         begin = load(preset)
         missing: Any = tyro.MISSING
-        return PretrainConfig[type(begin.model)], PretrainConfig(  # type: ignore[misc]
+        return kind[type(begin.model)], kind(
             preset, missing, missing, begin.model, vocabulary_size=begin.vocabulary_size, loop=begin.loop,
             optim=begin.optim,
         )
@@ -104,24 +105,34 @@ def pretrain(config: PretrainConfig) -> None:
 
     Eight GPUs: torchrun --nproc-per-node 8 -m opt pretrain opt.paper --shards runs/shards/train --out runs/paper
     """
+    require(config)
+    with processes() as device:
+        run(config, device)
+
+
+def require(config: PretrainConfig) -> None:
+    """Raises UserError for settings out of range."""
     check(config)
     check(config.loop, "loop")
     check(config.optim, "optim")
     if config.vocabulary is not None and not system_type(config.system.partition(".")[0]).reads_text:
         raise UserError(f"{config.system} reads no words; leave out --vocabulary")
+
+
+def run(config: PretrainConfig, device: torch.device) -> None:
+    """One run of a process that has joined the others (`processes`)."""
     cache = Cache(config.cache.expanduser(), config.cache_gigabytes)
-    with processes() as device:
-        reader = open_shards(config.shards, cache)
-        _say_what_the_cache_holds(config, reader)
-        held_out = _held_out(config, reader, cache)
-        start = find_start(config.start, config.vocabulary, config.out) if config.start else None
-        system = _system(config, reader, start, device)
-        if start is not None:
-            say(f"begins with {start.fill(system)}")
-        kinds = "+".join(source.partition(":")[0] for source in config.start)
-        began = f"{kinds} {start.sha256}" if start else ""
-        history = (*(start.history if start else ()), Stage("pretrain", config.system, corpora_of(reader), began))
-        train(system, reader, config, device, history, start=start, proportions=config.proportions, held_out=held_out)
+    reader = open_shards(config.shards, cache)
+    _say_what_the_cache_holds(config, reader)
+    held_out = _held_out(config, reader, cache)
+    start = find_start(config.start, config.vocabulary, config.out) if config.start else None
+    system = _system(config, reader, start, device)
+    if start is not None:
+        say(f"begins with {start.fill(system)}")
+    kinds = "+".join(source.partition(":")[0] for source in config.start)
+    began = f"{kinds} {start.sha256}" if start else ""
+    history = (*(start.history if start else ()), Stage("pretrain", config.system, corpora_of(reader), began))
+    train(system, reader, config, device, history, start=start, proportions=config.proportions, held_out=held_out)
 
 
 class RunConfig(Protocol):
