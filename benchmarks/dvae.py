@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from feature_extract.backends.dvae import load as load_codes
+from feature_extract.codes import CodeSettings
 from opt.checkpoint import from_pretrained
 from opt.data.plan import BatchPlan
 from opt.data.shards import ShardReader
@@ -56,7 +57,7 @@ def main() -> None:
         load_state(path, state)
         dvae.load_state_dict(state["model"])
         points.append({"steps": int(path.name.removeprefix("step-")), **_told_in_codes(dvae.dvae, pixels)})
-    embedded = load_codes("tiny", "cpu").dvae
+    embedded = load_codes("tiny", CodeSettings(), "cpu").dvae
     assert isinstance(embedded, DiscreteVAE)
     if options.picture is not None:
         _draw(dvae.dvae, pixels[:8], options.picture)

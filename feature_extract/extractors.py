@@ -11,12 +11,11 @@ import importlib
 import pkgutil
 import typing
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 from feature_extract import backends
 from feature_extract.audio import AudioExtractor, AudioSettings
-from feature_extract.codes import CodeExtractor
+from feature_extract.codes import USUAL, CodeExtractor, CodeSettings
 from feature_extract.regions import RegionExtractor, RegionSettings
 from opt import config as configuration
 from opt.config import UserError
@@ -24,7 +23,7 @@ from opt.data.manifest import Manifest
 
 TINY_BACKENDS = {"regions": "torchvision_detector", "audio": "transformers_speech", "codes": "dvae"}
 """The backend of the embedded network of each kind."""
-KINDS = {RegionSettings: "regions", AudioSettings: "audio", NoneType: "codes"}
+KINDS: dict[type[Any], str] = {RegionSettings: "regions", AudioSettings: "audio", CodeSettings: "codes"}
 """What a backend makes, by the settings that its `load` takes."""
 
 
@@ -41,14 +40,15 @@ class Extractors(NamedTuple):
 
 
 def open_extractors(
-    regions: str, audio: str, codes: str, region_settings: RegionSettings, audio_settings: AudioSettings, device: str
+    regions: str, audio: str, codes: str, region_settings: RegionSettings, audio_settings: AudioSettings, device: str,
+    code_settings: CodeSettings = USUAL,
 ) -> Extractors:
     """Open each by its word. Raises UserError naming the word when there is no such backend or weights."""
     return _build(
         {
             "regions": {**_parse("regions", regions), "settings": configuration.to_dict(region_settings)},
             "audio": {**_parse("audio", audio), "settings": configuration.to_dict(audio_settings)},
-            "codes": _parse("codes", codes),
+            "codes": {**_parse("codes", codes), "settings": configuration.to_dict(code_settings)},
         },
         device,
     )
@@ -83,16 +83,12 @@ def reopen(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
 
 def _build(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
     """One extractor for each description that names a backend."""
-    built: dict[str, Any] = {"regions": None, "audio": None, "codes": None}
-    for kind, about in descriptions.items():
-        if kind in built and about.get("backend"):
-            load = _backend(kind, about["backend"]).load
-            if kind == "codes":
-                built[kind] = load(about["weights"], device)
-            else:
-                settings_type: type[Any] = RegionSettings if kind == "regions" else AudioSettings
-                settings: Any = configuration.from_dict(settings_type, about["settings"], f"{kind} settings")
-                built[kind] = load(about["weights"], settings, device)
+    built: dict[str, Any] = dict.fromkeys(KINDS.values())
+    for settings_type, kind in KINDS.items():
+        about = descriptions.get(kind, {})
+        if about.get("backend"):
+            settings: Any = configuration.from_dict(settings_type, about["settings"], f"{kind} settings")
+            built[kind] = _backend(kind, about["backend"]).load(about["weights"], settings, device)
     return Extractors(**built)
 
 
@@ -130,4 +126,4 @@ def _backend(kind: str, name: str) -> Any:
 
 def _makes(module: Any) -> str:
     """Which kind of extractor a backend makes, by the settings that its `load` takes."""
-    return KINDS[typing.get_type_hints(module.load).get("settings", NoneType)]
+    return KINDS[typing.get_type_hints(module.load)["settings"]]

@@ -116,7 +116,8 @@ def run(config: ExtractConfig, job: Job, setup: Setup, extractors: Extractors, b
 
 
 def _open(config: ExtractConfig, device: str) -> Extractors:
-    return open_extractors(config.regions, config.audio, config.codes, config.region, config.speech, device)
+    return open_extractors(config.regions, config.audio, config.codes, config.region, config.speech, device,
+                           config.image_codes)
 
 
 def _settings(config: ExtractConfig, rows_sha256: str, device: str, extractors: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +138,8 @@ def words(name: str, value: Any) -> str:
     option = f"--{name.replace('_', '-')}"
     if name == "rows_sha256":
         return f"annotations whose rows have the SHA-256 {str(value)[:12]}"
+    if value is None:
+        return f"no {option}"
     if isinstance(value, bool):
         return option if value else option.replace("--", "--no-", 1)
     if isinstance(value, dict):

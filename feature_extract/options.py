@@ -18,11 +18,14 @@ import tyro
 
 from feature_extract import sources
 from feature_extract.audio import AudioSettings
+from feature_extract.codes import CodeSettings
 from feature_extract.profiles import LONGEST, PROFILES
 from feature_extract.regions import RegionSettings
 from opt.config import UserError
 
 AnySource = TypeVar("AnySource")
+FINEST_GRID = 64
+"""Rows of image codes: 1,024 pixels a side at 16 of them a code."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ExtractConfig(Generic[AnySource]):
     """Image tokenizer: tiny, none, or BACKEND:WEIGHTS, e.g. dvae:codes.safetensors"""
     region: tyro.conf.OmitArgPrefixes[RegionSettings] = field(default_factory=lambda: RegionSettings(top_classes=5))
     speech: tyro.conf.OmitArgPrefixes[AudioSettings] = field(default_factory=AudioSettings)
+    image_codes: tyro.conf.OmitArgPrefixes[CodeSettings] = field(default_factory=CodeSettings)
     int8: bool = False
     """Store features as int8 with a scale a row: half the bytes."""
     jpeg: bool = True
@@ -112,9 +116,10 @@ def check(config: ExtractConfig) -> None:
     if config.max_failures is not None and config.max_failures < 0:
         raise UserError(f"--max-failures {config.max_failures}: must be at least 0")
     ranges = {"max_regions": (1, LONGEST), "max_frames": (0, LONGEST), "frames_per_second": (0, 1e6),
-              "max_seconds": (0.1, 1e6), "score_threshold": (0, 1), "top_classes": (0, LONGEST)}
+              "max_seconds": (0.1, 1e6), "score_threshold": (0, 1), "top_classes": (0, LONGEST),
+              "codes_grid": (1, FINEST_GRID)}
     for name, (least, most) in ranges.items():
-        value = {**vars(config.region), **vars(config.speech)}[name]
+        value = {**vars(config.region), **vars(config.speech), **vars(config.image_codes)}[name]
         if not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} {value}: must lie in {least} to {most:g}")
     if not config.source.corpus.exists():

@@ -8,6 +8,7 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from feature_extract.audio import AudioSettings
+from feature_extract.codes import CodeSettings
 from feature_extract.options import ExtractConfig
 from feature_extract.regions import RegionSettings
 from feature_extract.sources.localized_narratives import Source
@@ -42,7 +43,7 @@ def write_lines(folder: Path, lines: list[dict], split: str = "train") -> None:
 def config(corpus: Path, out: Path, **more) -> ExtractConfig:
     """The made-up corpus in shards of three rows, by this process; `more` are fields of the job or its settings."""
     settings = {"shard_size": 3, "workers": 0, "device": "cpu"} | more
-    parts = {"region": RegionSettings, "speech": AudioSettings}
+    parts = {"region": RegionSettings, "speech": AudioSettings, "image_codes": CodeSettings}
     for name, kind in parts.items():
         own = {key: settings.pop(key) for key in list(settings) if key in kind.__dataclass_fields__ and key != "codes"}
         settings[name] = kind(**own)

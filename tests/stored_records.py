@@ -14,7 +14,9 @@ from opt.data.shards import ShardReader, ShardWriter
 CLASSES, ATTRIBUTES, CODEBOOK, SPEECH_CODEBOOKS = ("a", "b", "c", "d", "e"), ("red", "blue"), 32, (7, 9)
 
 
-def full_picture(rng: np.random.Generator, regions: int = 3, jpeg: bytes | None = None, width: int = 8) -> Picture:
+def full_picture(
+    rng: np.random.Generator, regions: int = 3, jpeg: bytes | None = None, width: int = 8, grid: int = 8
+) -> Picture:
     """A picture with all that can be stored of it."""
     return Picture(
         width=64,
@@ -27,7 +29,7 @@ def full_picture(rng: np.random.Generator, regions: int = 3, jpeg: bytes | None 
         top_scores=rng.random((regions, 4)).astype(np.float16),
         attributes=rng.integers(2, size=(regions, 2)).astype(np.int16),
         attribute_scores=rng.random((regions, 2)).astype(np.float16),
-        codes=rng.integers(32, size=(8, 8)).astype(np.int16),
+        codes=rng.integers(32, size=(grid, grid)).astype(np.int16),
         jpeg=jpeg,
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opt.config import UserError, from_dict, to_dict
+from opt.data.record import CODE_GRID
 from opt.files import write_atomic
 
 SCHEMA = 2
@@ -109,8 +110,9 @@ class Manifest:
 
     @property
     def codes_grid(self) -> int:
-        """Rows, and columns, of the stored image codes: their extractor's setting, 8 where it has none; 0: no codes."""
-        return self.extractors.get("codes", {}).get("settings", {}).get("grid", 8) if self.codebook else 0
+        """Rows and columns of stored image codes: their extractor's setting, unsaid where it is the usual. 0: none."""
+        settings = self.extractors.get("codes", {}).get("settings", {})
+        return settings.get("codes_grid", CODE_GRID[0]) if self.codebook else 0
 
     @property
     def failures(self) -> tuple[Failure, ...]:

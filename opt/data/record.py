@@ -5,7 +5,8 @@
     Sample  a record with one narration chosen: what one row of a batch is made of.
 
 Missing is absent (None, or an empty tuple), never zeros. Shape legend: R regions, T frames, D feature width,
-K classes kept of each region, A attributes kept of each region, G codebooks of a speech quantiser.
+K classes kept of each region, A attributes kept of each region, g rows of image codes, G codebooks of a speech
+quantiser.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 CODE_GRID = (8, 8)
-"""Rows and columns of the stored image codes (64 x 64 pixels, 8 x down; OPT section 4.6)."""
+"""Rows and columns of stored image codes where nothing else was asked for: those that OPT draws (64 x 64 pixels, 8 x
+down; section 4.6)."""
 
 LONGEST_KEY = 200
 """Bytes: file names made from a key, with what is added to them, stay below the usual limit of 255."""
@@ -36,7 +38,8 @@ class Picture:
     top_classes (R, K) int16, top_scores (R, K) float16: the K best classes of each region and their probabilities, best
         first. The first need not be `classes`: several boxes of one region may carry several of its classes.
     attributes (R, A) int16, attribute_scores (R, A) float16: the A best attributes of each region, best first.
-    codes (8, 8) int16: image codes of the 64 x 64 picture, row by row.
+    codes (g, g) int16: image codes of the whole picture squeezed into a square, row by row; of all pictures of a folder
+        on the same grid.
     jpeg: the resized picture as an encoded file, for patch systems and for looking.
     width, height: pixels of the original picture.
     """
@@ -154,7 +157,9 @@ def _check_picture(where: str, picture: Picture) -> None:
     _check_ranked(where, "top_classes", "top_scores", picture)
     _check_ranked(where, "attributes", "attribute_scores", picture)
     if picture.codes is not None:
-        _check_ids(f"{where}, codes", picture.codes, CODE_GRID)
+        _check_ids(f"{where}, codes", picture.codes, (None, None))
+        if picture.codes.shape[0] != picture.codes.shape[1] or not picture.codes.size:
+            raise RecordError(f"{where}, codes: must be a square grid, got {picture.codes.shape}")
 
 
 def _check_ranked(where: str, ids_name: str, scores_name: str, picture: Picture) -> None:

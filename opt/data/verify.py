@@ -147,8 +147,8 @@ def _record_problems(reader: ShardReader, receipt: Receipt, numbers: np.ndarray)
 
 
 def _unnamed(record: Record, reader: ShardReader) -> Iterator[str]:
-    """Ids of a record that stand for nothing: the manifest counts what there is of each kind."""
-    manifest = reader.manifest
+    """Ids of a record that stand for nothing, or on another grid: the manifest says what there is of each kind."""
+    manifest, grid = reader.manifest, reader.manifest.codes_grid
     kinds = {"classes": manifest.region_classes, "top_classes": manifest.region_classes,
              "attributes": manifest.region_attributes}  # fmt: skip
     for name, ids in named_arrays(record).items():
@@ -157,6 +157,8 @@ def _unnamed(record: Record, reader: ShardReader) -> Iterator[str]:
             entries = list(manifest.speech_codebooks)
             if ids.shape[1] != len(entries) or (ids.max(0) >= entries).any():
                 yield f"{name}: ids up to {ids.max(0).tolist()} of codebooks of {entries} entries"
+        elif field == "codes" and grid and ids.shape != (grid, grid):
+            yield f"{name}: {_shape(ids)}; the manifest says {grid} x {grid}"
         elif field in kinds or field == "codes":
             there = len(kinds[field]) if field in kinds else manifest.codebook
             if ids.size and ids.max() >= there:
@@ -178,11 +180,12 @@ def _summary(reader: ShardReader) -> Iterator[str]:
     for name, facts in manifest.extractors.items():
         yield f"  {name:8} {_line(facts)}"
     attributes = f" and {len(manifest.region_attributes)} attributes" if manifest.region_attributes else ""
+    grid = f" on {manifest.codes_grid} x {manifest.codes_grid} places" if manifest.codebook else ""
     books = f" with codebooks of {list(manifest.speech_codebooks)}" if manifest.speech_codebooks else ""
     yield (
         f"  regions {manifest.region_width} wide in {len(manifest.region_classes)} classes{attributes}, speech "
         f"{manifest.speech_width} wide at {manifest.frame_rate:g} frames a second{books}, "
-        f"{manifest.codebook} image codes"
+        f"{manifest.codebook} image codes{grid}"
     )
     yield f"  features stored as {manifest.storage}"
     yield "  records of " + ", ".join(f"{origin.name} {origin.split}".strip() for origin in manifest.origins)

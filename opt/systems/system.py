@@ -31,7 +31,7 @@ from opt.data.tokenizer import Tokenizer
 from opt.nn.sampling import Sampling
 from opt.nn.states import States
 from opt.objectives.term import Term
-from opt.recipe import LoopConfig, OptimConfig
+from opt.recipe import LoopConfig, OptimConfig, Stage
 
 MODALITIES = ("text", "image", "audio")
 
@@ -45,6 +45,9 @@ class Preset:
     optim: OptimConfig = OptimConfig()
     vocabulary_size: int = 2000
     """Largest vocabulary trained on the captions, where none is given."""
+    stages: tuple[Stage, ...] = ()
+    """In which order it is trained in stages (`opt stages`), where that is how; the model's configuration then has a
+    `stage`, which is the last of them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class DataFacts:
 
     def require_same(self, manifest: Manifest, folder: Path) -> None:
         """Raises UserError where the shards of `folder` hold other features than a model of these facts reads."""
+        here, read = manifest.codes_grid if "codes" in manifest.extractors else 0, self.codes_grid
+        if here and read and here != read:
+            raise UserError(f"{folder}: its pictures are told in {here} x {here} codes, those the model was trained on "
+                            f"in {read} x {read}; extract again with --codes-grid {read}")
         for kind, about in manifest.extractors.items():
             trained = self.extractors.get(kind, about)
             for name in ("weights_sha256", "settings"):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from feature_extract.audio import AudioSettings
+from feature_extract.codes import CodeSettings
 from feature_extract.extractors import open_extractors, reopen
 from feature_extract.regions import RegionSettings
 from feature_extract.tiny import weights_file
@@ -38,17 +39,20 @@ def word(request, tmp_path) -> str:
     return f"{request.param}:{path}"
 
 
-def open_codes(word: str) -> Any:
-    return open_extractors("none", "none", word, RegionSettings(), AudioSettings(), "cpu")
+def open_codes(word: str, grid: int = 8) -> Any:
+    return open_extractors("none", "none", word, RegionSettings(), AudioSettings(), "cpu", CodeSettings(grid))
 
 
-def test_codes_are_the_networks_for_the_squeezed_picture(word):
-    codes = open_codes(word).codes
+@pytest.mark.parametrize("grid", [8, 14, 3])
+def test_codes_are_the_networks_for_the_squeezed_picture(word, grid):
+    codes = open_codes(word, grid).codes
     found = codes(PICTURE)
-    assert found.shape == (8, 8) and found.dtype == np.int16 and 0 <= found.min() <= found.max() < codes.codebook == 32
-    pixels = pil_to_tensor(PICTURE.resize((64, 64), Image.Resampling.BICUBIC))[None].float() / 255
+    assert found.shape == (grid, grid) and found.dtype == np.int16
+    assert 0 <= found.min() <= found.max() < codes.codebook == 32
+    pixels = pil_to_tensor(PICTURE.resize((8 * grid, 8 * grid), Image.Resampling.BICUBIC))[None].float() / 255
     np.testing.assert_array_equal(found, codes.dvae.encode(pixels)[0].numpy())
     assert len(np.unique(found)) > 1
+    assert codes.decode(found[None])[0].size == (8 * grid, 8 * grid)
 
 
 def test_pictures_come_back_each_as_it_would_alone(word):
@@ -73,7 +77,10 @@ def test_many_pictures_are_drawn_in_the_memory_of_one(word):
 def test_codes_are_opened_again_from_what_they_say_of_themselves(word):
     first = open_codes(word)
     about = first.describe()
+    assert about["codes"]["settings"] == {}  # as in shards that were made before there were other grids
     np.testing.assert_array_equal(reopen(about, "cpu").codes(PICTURE), first.codes(PICTURE))
+    fine = open_codes(word, 14).describe()
+    assert fine["codes"]["settings"] == {"codes_grid": 14} and reopen(fine, "cpu").codes(PICTURE).shape == (14, 14)
     about["codes"]["weights_sha256"] = "0" * 64
     with pytest.raises(UserError, match="not those that made the shards"):
         reopen(about, "cpu")
