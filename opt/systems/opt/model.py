@@ -50,7 +50,7 @@ class OPT(System):
     def __init__(self, config: OPTConfig, tokenizer: Tokenizer, facts: DataFacts) -> None:
         super().__init__()
         if facts.codes_grid not in (0, CODE_GRID[0]):
-            raise UserError(f"the shards tell a picture in {facts.codes_grid} x {facts.codes_grid} codes, and OPT draws "
+            raise UserError(f"the shards tell a picture in {facts.codes_grid} x {facts.codes_grid} codes, OPT draws "
                             f"{CODE_GRID[0]} x {CODE_GRID[1]}; extract again with --codes-grid {CODE_GRID[0]}, or with "
                             "--codes none")
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
