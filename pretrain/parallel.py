@@ -29,6 +29,7 @@ from opt.config import UserError
 from opt.data.batch import Batch
 from opt.distributed import rank, sum_over_ranks, world
 from opt.nn.block import Block
+from opt.nn.multiway import MultiwayBlock
 from opt.recipe import LoopConfig
 
 Result = TypeVar("Result")
@@ -135,7 +136,7 @@ def whole(value: Tensor) -> Tensor:
 
 def _shard(system: nn.Module, mesh: Any) -> None:
     """FSDP2: a group for each block, and one for what is around them."""
-    groups = [module for module in system.modules() if isinstance(module, Block)] + [system]
+    groups = [module for module in system.modules() if isinstance(module, Block | MultiwayBlock)] + [system]
     for group in groups:
         sharded = fully_shard(group, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)

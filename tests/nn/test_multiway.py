@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import varlen
 import torch
 import torch.nn.functional as F
 
@@ -80,6 +81,21 @@ def test_packed_experts_are_those_of_each_token(settings) -> None:
     for got, own, kinds in zip(found.split(view.lengths.tolist()), entries.split(view.lengths.tolist()),
                                kinds_of(view), strict=True):
         torch.testing.assert_close(got, by_hand(made, own, kinds), rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_for_any_lengths_finds_sorted_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, (entries, view) = stack(), sequences()
+
+    def step() -> list[torch.Tensor]:
+        given = entries.clone().requires_grad_()
+        output = made(given, view)
+        return [output, *torch.autograd.grad(output.square().sum(), (given, *made.blocks[0].parameters()))]
+
+    in_buckets = step()
+    calls = varlen.use(monkeypatch)
+    for first, second in zip(in_buckets, step(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-3)
+    assert len(calls) == 2
 
 
 def test_a_token_comes_to_no_expert_but_its_own() -> None:
