@@ -37,5 +37,5 @@ def codes_of(sample: Sample, sight: Sight) -> np.ndarray | None:
 
 def _elsewhere(sight: Sight, grid: int) -> UserError:
     return UserError(f"the shards tell a picture in {grid} x {grid} codes, the model sees it in {sight.grid} x "
-                     f"{sight.grid} patches: extract again with --codes-grid {sight.grid}, or give another --model.sight.size "
-                     "or patch")
+                     f"{sight.grid} patches: extract again with --codes-grid {sight.grid}, or give another size or "
+                     "patch of --model.sight")

@@ -28,8 +28,8 @@ from opt.systems.system import MODALITIES
 @dataclass(frozen=True)
 class Compared:
     """Both sides of a contrast, by modality, zeros where it is absent. online (B, E): the model's vectors. own
-    (B, ...): the twin's, and of the same rows "has_*" and "picture". of_ranks (K, ...): these of all ranks; keys (C, ...): those,
-    then the ring's."""
+    (B, ...): the twin's, and of the same rows "has_*" and "picture". of_ranks (K, ...): these of all ranks; keys
+    (C, ...): those, then the ring's."""
 
     online: dict[str, Tensor]
     own: dict[str, Tensor]
