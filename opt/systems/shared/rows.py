@@ -136,19 +136,30 @@ class TowerRows:
     def parts(
         self, packer: Packer, sample: Sample, modalities: Sequence[str], rng: np.random.Generator | None = None
     ) -> tuple[dict[str, Part], np.ndarray, dict[str, Place]]:
-        """The sample's parts in the tables, absent ones left out, its words' ids, and the sequence of each part."""
-        parts: dict[str, Part] = {}
-        alone: dict[str, Place] = {}
+        """The sample's parts in the tables, absent ones left out, its words' ids, and the sequence of each part; of
+        several pictures the last."""
+        tables, ids = self.tables(packer, sample, modalities, rng, None if rng is None else 1)
+        alone = {name: [self.lone(packer, name, part) for part in parts][-1] for name, parts in tables.items()}
+        return {name: parts[-1] for name, parts in tables.items()}, ids, alone
+
+    def tables(
+        self, packer: Packer, sample: Sample, modalities: Sequence[str], rng: np.random.Generator | None = None,
+        pictures: int | None = None,
+    ) -> tuple[dict[str, list[Part]], np.ndarray]:
+        """What the sample has of each modality in the tables, at most so many `pictures`, and its words' ids. rng:
+        draws what training sees of pictures."""
+        tables: dict[str, list[Part]] = {}
         ids = np.zeros(0, np.int64)
         if "text" in modalities and sample.caption:
             ids = self.words(sample.caption)
-            parts["text"] = packer.text(self.sequence(ids))
-            alone["text"] = packer.sequence(self.view("text"), [parts["text"]])
+            tables["text"] = [packer.text(self.sequence(ids))]
         if "image" in modalities and sample.pictures:
-            for patches in see_all(sample, self.config.sight, rng, None if rng is None else 1):
-                parts["image"] = packer.patches(patches)
-                alone["image"] = packer.sequence(self.view("image"), [packer.first(PATCH), parts["image"]])
+            tables["image"] = [packer.patches(each) for each in see_all(sample, self.config.sight, rng, pictures)]
         if "audio" in modalities and sample.speech is not None:
-            parts["audio"] = packer.frames(sample.speech[: self.config.frame_positions])
-            alone["audio"] = packer.sequence(self.view("audio"), [packer.first(FRAME), parts["audio"]])
-        return parts, ids, alone
+            tables["audio"] = [packer.frames(sample.speech[: self.config.frame_positions])]
+        return tables, ids
+
+    def lone(self, packer: Packer, modality: str, part: Part) -> Place:
+        """The sequence of a part by itself, pictures and speech behind their learned first entries."""
+        first = [] if modality == "text" else [packer.first(part.table)]
+        return packer.sequence(self.view(modality), [*first, part])

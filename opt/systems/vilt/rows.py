@@ -22,7 +22,6 @@ from torch import Tensor
 from opt.data import corrupt
 from opt.data.batch import Batch, Targets
 from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
-from opt.data.pixels import see_all
 from opt.data.plan import BatchPlan, Tasks
 from opt.data.record import Lengths, Sample
 from opt.systems.shared.pairs import alignment_pairs
@@ -160,29 +159,9 @@ class Rows(TowerRows):
         chosen = rng.choice(len(part), self.visible(len(part)), replace=False)
         return Part(part.table, part.entries[np.sort(chosen)])
 
-    def parts(
-        self, packer: Packer, sample: Sample, modalities: Sequence[str], rng: np.random.Generator | None = None
-    ) -> tuple[dict[str, Part], np.ndarray, dict[str, Place]]:
-        """The last of each modality in the tables, the words' ids, and the sequence of each by itself; pictures of a
-        clip have one each."""
-        tables, ids = self.tables(packer, sample, modalities)
-        alone = {name: [self.join(packer, {name: part}, rng) for part in parts][-1] for name, parts in tables.items()}
-        return {name: parts[-1] for name, parts in tables.items()}, ids, alone
-
-    def tables(
-        self, packer: Packer, sample: Sample, modalities: Sequence[str], pictures: int | None = None
-    ) -> tuple[dict[str, list[Part]], np.ndarray]:
-        """What the sample has of each modality in the tables, at most so many `pictures`, and its words' ids."""
-        tables: dict[str, list[Part]] = {}
-        ids = np.zeros(0, np.int64)
-        if "text" in modalities and sample.caption:
-            ids = self.words(sample.caption)
-            tables["text"] = [packer.text(self.sequence(ids))]
-        if "audio" in modalities and sample.speech is not None:
-            tables["audio"] = [packer.frames(sample.speech[: self.config.frame_positions])]
-        if "image" in modalities and sample.pictures:
-            tables["image"] = [packer.patches(each) for each in see_all(sample, self.config.sight, most=pictures)]
-        return tables, ids
+    def lone(self, packer: Packer, modality: str, part: Part) -> Place:
+        """One part by itself."""
+        return self.join(packer, {modality: part})
 
 
 def _drawn(options: Sequence[tuple[str, ...]], row: TowerRow) -> tuple[str, ...]:
