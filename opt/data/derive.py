@@ -2,15 +2,17 @@
 
     Part, one a shard to be --copy_parts--> shards and receipts --> manifest.json, last
 
-What `opt shards merge`, `opt shards dedup` and `opt shards split` share. The same command again goes on where it
-stopped: a part with a receipt is done. Nothing is decoded, so memory stays flat and features stay as they are.
+What `opt shards merge`, `dedup`, `split` and `units` share. The same command again goes on where it stopped: a part
+with a receipt is done. Records are copied one by one as they are stored, so memory stays flat and features as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from opt.data.manifest import MANIFEST, Manifest, Receipt, read_receipt, write_manifest
 from opt.data.shards import ShardWriter
@@ -49,7 +51,13 @@ class Part:
         return sum(piece.records for piece in self.pieces)
 
 
-def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> Manifest:
+More = Callable[[StoredShard, int], Mapping[str, np.ndarray]]
+"""What the record at a place gets besides: arrays by the names they are stored under."""
+
+
+def copy_parts(
+    out: Path, parts: Sequence[Part], like: Manifest, label: str, more: More | None = None
+) -> Manifest:
     """Make every part that has no receipt yet, then the manifest, with all that `like` says of its folder as a whole.
 
     Raises UserError where a record's bytes are damaged.
@@ -63,7 +71,7 @@ def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> 
         for part in todo:
             with ShardWriter(out, part.name, like.storage == "int8") as writer:
                 for piece in part.pieces:
-                    _copy(piece, writer)
+                    _copy(piece, writer, more)
             bar.advance(part.records)
     return write_manifest(
         out,
@@ -78,7 +86,7 @@ def copy_parts(out: Path, parts: Sequence[Part], like: Manifest, label: str) -> 
     )
 
 
-def _copy(piece: Piece, writer: ShardWriter) -> None:
+def _copy(piece: Piece, writer: ShardWriter, more: More | None) -> None:
     """The failures the shard had, its records in their order, a failure for each that is left out."""
     with StoredShard(piece.folder, piece.receipt) as shard:
         if piece.places is None:
@@ -88,4 +96,4 @@ def _copy(piece: Piece, writer: ShardWriter) -> None:
             if place in piece.dropped:
                 writer.fail(shard.metadata(shard.rows(place)[0])["key"], piece.dropped[place])
             else:
-                writer.copy(shard, place)
+                writer.copy(shard, place, more(shard, place) if more else None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -96,17 +97,20 @@ def dequantise(steps_RD: np.ndarray, scale_R: np.ndarray) -> np.ndarray:
     return features.numpy()
 
 
+def extended(content: bytes | bytearray, more: Mapping[str, np.ndarray]) -> bytes:
+    """A record's safetensors bytes with further arrays: as `encode` would give them, features stored as they are."""
+    from safetensors.numpy import save
+
+    metadata, arrays = _stored(content)
+    return save({**arrays, **more}, {"record": json.dumps(metadata, ensure_ascii=False, allow_nan=False)})
+
+
 def decode(content: bytearray, jpegs: bytearray | None) -> Record:
     """The record from its safetensors bytes and, if given, its span of jpegs.
 
     Arrays are views of `content`, but for features stored as int8, which become float16.
     """
-    metadata, tensors = parse_header(content)
-    data = 8 + int.from_bytes(content[:8], "little")
-    arrays = {
-        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, data + entry["data_offsets"][0])
-        for name, entry in tensors.items()
-    }
+    metadata, arrays = _stored(content)
     for name in [name for name in arrays if name.endswith(".scale")]:
         features = name.removesuffix(".scale")
         arrays[features] = dequantise(arrays[features], arrays[name])
@@ -128,6 +132,16 @@ def decode(content: bytearray, jpegs: bytearray | None) -> Record:
         for number, entry in enumerate(metadata["narrations"])
     ]
     return Record(metadata["key"], tuple(pictures), tuple(narrations))
+
+
+def _stored(content: bytes | bytearray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A record's metadata and its arrays as they are stored, views of `content`."""
+    metadata, tensors = parse_header(content)
+    data = 8 + int.from_bytes(content[:8], "little")
+    return metadata, {
+        name: np.ndarray(entry["shape"], DTYPES[entry["dtype"]], content, data + entry["data_offsets"][0])
+        for name, entry in tensors.items()
+    }
 
 
 def read_header(file: int, offset: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,15 @@ import numpy as np
 
 from opt.config import UserError
 from opt.data.ask import refuse_secrets
-from opt.data.encoding import block_padding, encode, encode_pictures, first_jpeg_header, member_header, parse_header
+from opt.data.encoding import (
+    block_padding,
+    encode,
+    encode_pictures,
+    extended,
+    first_jpeg_header,
+    member_header,
+    parse_header,
+)
 from opt.data.manifest import LENGTHS, Failure, Receipt, Storage, read_manifest, write_receipt
 from opt.data.record import Lengths, Record, RecordError, Sample, check
 from opt.data.remote import Cache, RemoteFolder, RemoteShard, Span
@@ -74,16 +82,18 @@ class ShardWriter:
         check(record)
         self._add(encode(record, self.storage == "int8"), encode_pictures(record), _lengths(record))
 
-    def copy(self, shard: StoredShard, place: int) -> None:
+    def copy(self, shard: StoredShard, place: int, more: Mapping[str, np.ndarray] | None = None) -> None:
         """Append record `place` of another shard as its stored bytes, checked by their crc and never decoded.
 
+        more: arrays that it gets besides, by the names they are stored under; the contract is the caller's to keep.
         Raises DamagedRecord; RecordError as `write` does; ValueError when that shard stores features in another way.
         """
         if shard.receipt.storage != self.storage:
             raise ValueError(f"{shard.path} stores features as {shard.receipt.storage}, this shard as {self.storage}")
         rows = shard.rows(place)
         lengths = [tuple(int(row[name]) for name in (*LENGTHS, "narration")) for row in rows]
-        self._add(shard.content(rows[0]), shard.content(rows[0], "jpeg_"), lengths)
+        content = shard.content(rows[0])
+        self._add(extended(content, more) if more else content, shard.content(rows[0], "jpeg_"), lengths)
 
     def fail(self, key: str, reason: str) -> None:
         """Note that a source row, or a part of it, could not be used, and why. It goes into the receipt."""

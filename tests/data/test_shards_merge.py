@@ -14,7 +14,7 @@ from opt.data import derive
 from opt.data.manifest import Failure, read_manifest, read_receipt, write_manifest, write_receipt
 from opt.data.merge import MergeConfig, merge
 from opt.data.record import Narration, Record
-from opt.data.shards import ShardReader
+from opt.data.shards import ShardReader, ShardWriter
 from opt.data.verify import VerifyConfig, verify
 
 FIRST = [full_record(key, number) for number, key in enumerate("abcd")]
@@ -74,18 +74,18 @@ def test_a_merge_cut_short_goes_on(
 ) -> None:
     copy, copied = derive._copy, []
 
-    def cut_short(out: Path, part: derive.Part) -> None:
+    def cut_short(piece: derive.Piece, writer: ShardWriter, more: None) -> None:
         if len(copied) == 2:
             raise KeyboardInterrupt
-        copied.append(part.name)
-        copy(out, part)
+        copied.append(writer.name)
+        copy(piece, writer, more)
 
     monkeypatch.setattr(derive, "_copy", cut_short)
     with pytest.raises(KeyboardInterrupt):
         merge(MergeConfig(tmp_path / "out", folders))
     with pytest.raises(UserError, match="2 complete shards but no manifest.json"):
         ShardReader(tmp_path / "out")
-    monkeypatch.setattr(derive, "_copy", lambda out, part: (copied.append(part.name), copy(out, part)))
+    monkeypatch.setattr(derive, "_copy", lambda *given: (copied.append(given[1].name), copy(*given)))
     merge(MergeConfig(tmp_path / "out", folders))
     assert copied == ["00000", "00001", "00002", "00003"]
     merge(MergeConfig(tmp_path / "at once", folders))
