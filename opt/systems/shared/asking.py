@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -85,13 +85,16 @@ class Answering(TowerSystem):
     """
 
     answer_head: AnswerHead | None
+    tunes: ClassVar[tuple[str, ...]] = ASKING
+    """Tasks that it can be fine-tuned for."""
 
     def begin_answering(self, width: int) -> None:
         """The head over the list of answers, where there is one. Raises UserError for a task that is none of these."""
         tuning: Tuning = self.config.tuning
-        if tuning.task not in ("pretraining", *ASKING):
-            raise UserError(f"system {self.name!r} is tuned for {' and '.join(ASKING)}; instead of {tuning.task} go on "
-                            f"with its pretraining on your shards: `opt pretrain {self.name}.tiny --start model:...`")
+        if tuning.task not in ("pretraining", *self.tunes):
+            raise UserError(f"system {self.name!r} is tuned for {', '.join(self.tunes)}; instead of {tuning.task} go "
+                            f"on with its pretraining on your shards: `opt pretrain "
+                            f"{self.name}.tiny --start model:...`")
         self.answer_head = AnswerHead(width * tuning.pictures, len(tuning.answers)) if tuning.answers else None
 
     def answered(self, batch: Batch) -> Output:
