@@ -1,6 +1,7 @@
-"""Tokenizer: text -> ids and back. One face over BERT's WordPiece (word_pieces.py) and CLIP's byte-pairs.
+"""Tokenizer: text -> ids and back. One face over BERT's WordPiece, CLIP's byte-pairs and SentencePiece.
 
     captions --train--> | a BERT's files --from_vocab, from_bert, from_blip--> | a CLIP's --from_clip--> Tokenizer
+                                                       | a BEiT-3's or XLM-R's --from_sentence_pieces--> Tokenizer
 
 It travels with a checkpoint as `tokenizer.json`, which the `tokenizers` and `transformers` libraries read too. Special
 tokens are named here and nowhere else, and asked for by their role; a text that spells one out ("[MASK]") is split into
@@ -20,7 +21,7 @@ import tokenizers
 from tokenizers import models
 
 from opt.config import UserError
-from opt.data import byte_pairs, word_pieces
+from opt.data import byte_pairs, sentence_pieces, word_pieces
 from opt.files import write_atomic
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
@@ -28,14 +29,14 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
 BLIP_SPECIALS = (*SPECIALS[:5], "[DEC]", "[ENC]")
 """The same for BLIP, whose texts end with [SEP]."""
 ROLES = {
-    "pad": ("[PAD]", byte_pairs.END_TEXT),
-    "unk": ("[UNK]", byte_pairs.END_TEXT),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]",),
-    "bos": ("[BOS]", "[DEC]", byte_pairs.BEGIN_TEXT),
-    "eos": ("[EOS]", "[SEP]", byte_pairs.END_TEXT),
-    "enc": ("[ENC]", "[MASK]"),
+    "pad": ("[PAD]", byte_pairs.END_TEXT, sentence_pieces.PAD),
+    "unk": ("[UNK]", byte_pairs.END_TEXT, sentence_pieces.UNKNOWN),
+    "cls": ("[CLS]", sentence_pieces.BEGIN),
+    "sep": ("[SEP]", sentence_pieces.END),
+    "mask": ("[MASK]", sentence_pieces.MASK),
+    "bos": ("[BOS]", "[DEC]", byte_pairs.BEGIN_TEXT, sentence_pieces.BEGIN),
+    "eos": ("[EOS]", "[SEP]", byte_pairs.END_TEXT, sentence_pieces.END),
+    "enc": ("[ENC]", "[MASK]", sentence_pieces.MASK),
 }
 """What special tokens are for, and which token that is: the first that the vocabulary has."""
 NAMES = frozenset(name for names in ROLES.values() for name in names)
@@ -97,6 +98,12 @@ class Tokenizer:
         return cls(byte_pairs.read(path))
 
     @classmethod
+    def from_sentence_pieces(cls, path: Path) -> Tokenizer:
+        """From a BEiT-3's or XLM-R's .spm or .model, or the folder that holds it, with the ids those models give its
+        pieces. Raises UserError for anything else."""
+        return cls(sentence_pieces.read(path))
+
+    @classmethod
     def _from_word_pieces(cls, path: Path, specials: tuple[str, ...]) -> Tokenizer:
         tokens, lower_case = word_pieces.read(path)
         return cls(word_pieces.build([*tokens, *(name for name in specials if name not in tokens)], lower_case))
@@ -140,10 +147,7 @@ class Tokenizer:
     def words_of(self, ids: np.ndarray) -> np.ndarray:
         """Which word, counted from 0, each of `ids` (L,) belongs to: int64 (L,). A mark or special token is one too."""
         begins = np.ones(len(ids), np.int64)
-        if self._is_word_pieces:
-            begins[1:] = ~self._part_of_word[ids[1:]]
-        else:
-            begins[1:] = ~(self._part_of_word[ids[:-1]] & ~np.isin(ids[1:], self.specials))
+        begins[1:] = self._begins_word[ids[1:]] | self._ends_word[ids[:-1]]
         return np.cumsum(begins) - 1
 
     @cached_property
@@ -154,9 +158,8 @@ class Tokenizer:
     @cached_property
     def ordinary(self) -> np.ndarray:
         """Ids that may stand in for a word, int64: all but special tokens and placeholders such as [unused7]."""
-        vocabulary = self._pieces.get_vocab()
-        special = re.compile(r"\[\w+\]|<\|\w+\|>")
-        return np.array(sorted(number for token, number in vocabulary.items() if not special.fullmatch(token)))
+        special = re.compile(r"\[[\w ]+\]|<\|\w+\|>|" + "|".join(map(re.escape, sorted(NAMES))))
+        return np.array([number for number, token in enumerate(self._tokens) if not special.fullmatch(token)])
 
     @cached_property
     def specials(self) -> np.ndarray:
@@ -219,14 +222,37 @@ class Tokenizer:
         return isinstance(self._pieces.model, models.WordPiece)
 
     @cached_property
-    def _part_of_word(self) -> np.ndarray:
-        """bool (size,): whether a token goes on with the word before it (WordPiece), or the word goes on behind it
-        (byte-pairs)."""
-        part = np.zeros(self.size, bool)
-        for token, number in self._pieces.get_vocab().items():
-            part[number] = token.startswith(word_pieces.INNER) if self._is_word_pieces else not (
-                token.endswith(byte_pairs.END) or token in NAMES)
-        return part
+    def _is_sentence_pieces(self) -> bool:
+        return isinstance(self._pieces.model, models.Unigram)
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        """In the order of their ids."""
+        vocabulary = self._pieces.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
+    @cached_property
+    def _begins_word(self) -> np.ndarray:
+        """bool (size,): whether a token begins a word, whatever stands before it."""
+        if self._is_word_pieces:
+            return np.array([not token.startswith(word_pieces.INNER) for token in self._tokens])
+        if self._is_sentence_pieces:
+            return np.array([token.startswith(sentence_pieces.BLANK) or self._is_mark(token) for token in self._tokens])
+        return np.array([token in NAMES for token in self._tokens])
+
+    @cached_property
+    def _ends_word(self) -> np.ndarray:
+        """bool (size,): whether what stands behind a token is another word, whatever it is."""
+        if self._is_word_pieces:
+            return np.zeros(self.size, bool)
+        if self._is_sentence_pieces:
+            return np.array([token != sentence_pieces.BLANK and self._is_mark(token) for token in self._tokens])
+        return np.array([token in NAMES or token.endswith(byte_pairs.END) for token in self._tokens])
+
+    @staticmethod
+    def _is_mark(token: str) -> bool:
+        """Whether a piece is a special token, or has neither letter nor digit."""
+        return token in NAMES or not any(letter.isalnum() for letter in token)
 
 
 def _bert_file(path: Path) -> Path:
