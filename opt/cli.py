@@ -43,6 +43,7 @@ VERBS = {
     "shards merge": Verb("opt.data.merge:merge", "several folders of shards to one"),
     "shards dedup": Verb("opt.data.dedup:dedup", "leave out copies of test pictures, exact and near"),
     "shards split": Verb("opt.data.split:split", "hold out a test part that stays the same, by a hash of keys"),
+    "shards units": Verb("opt.data.units:units", "speech codes for every recording, by k-means of its features"),
     "shards caption": Verb("feature_extract.capfilt:caption_shards", "a written caption for every picture, by a model"),
     "shards filter": Verb("feature_extract.capfilt:filter_shards", "leave out captions that do not fit their picture"),
     "shards export": Verb("opt.data.export:export", "shards to another format: webdataset"),
