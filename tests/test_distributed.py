@@ -1,14 +1,9 @@
 """Several processes against one, and several micro-batches against one: the same losses and gradients, by every
 objective, with the same rows.
-
-The file run as a program is one of two processes, which compute all cases.
 """
 
 import dataclasses
 import io
-import os
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from training import Job
 
 from opt.data.batch import Batch
 from opt.data.plan import BatchPlan, row_keys, split
@@ -39,6 +35,7 @@ from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, OPTConfig
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, System
+from pretrain.parallel import processes
 
 ROWS = 12
 MASKED = {"mlm", "mvfr", "mrc", "mafr", "mac", "dtr", "dir", "match"}
@@ -259,33 +256,27 @@ def sharded_temperature() -> Tensor:
     return temperature.log_scale.full_tensor().detach()
 
 
-def run_as_rank(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for name, case in CASES.items():
-        for micros in (1, 2):
-            results = step(case, rank, 2, micros)
-            for result in results.values():
-                dist.all_reduce(result)
-            if rank == 0:
-                torch.save(results, folder / f"{name}, {micros}.pt")
-    clamped = sharded_temperature()
-    results = {**gathering(rank, 2), **exchanging(rank), **momentum(rank, 2), "clamped": clamped}
-    torch.save(results, folder / f"rank {rank}.pt")
-    dist.destroy_process_group()
+def compute_all(folder: Path) -> None:
+    """What each of two processes does."""
+    with processes():
+        own = dist.get_rank()
+        for name, case in CASES.items():
+            for micros in (1, 2):
+                results = step(case, own, 2, micros)
+                for result in results.values():
+                    dist.all_reduce(result)
+                if own == 0:
+                    torch.save(results, folder / f"{name}, {micros}.pt")
+        clamped = sharded_temperature()
+        results = {**gathering(own, 2), **exchanging(own), **momentum(own, 2), "clamped": clamped}
+        torch.save(results, folder / f"rank {own}.pt")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes computed, summed over both, by case and micro-batches."""
     folder = tmp_path_factory.mktemp("two")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert Job(2, compute_all, folder).wait() == [0, 0]
     return folder
 
 
@@ -383,6 +374,3 @@ def test_alone_everything_is_itself() -> None:
     with pytest.raises(ValueError, match="2 rows exceed the capacity of 1"):
         gather_rows(rows, 1)
 
-
-if __name__ == "__main__":
-    run_as_rank(int(sys.argv[1]), Path(sys.argv[2]))
