@@ -121,7 +121,7 @@ def fit(frames_nD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     except ImportError as error:
         raise UserError("fitting centroids needs scikit-learn, which is not installed: pip install scikit-learn; "
                         "--centroids takes those of another folder") from error
-    found = MiniBatchKMeans(clusters, batch_size=BATCH, n_init=5, max_no_improvement=100, reassignment_ratio=0.0,
+    found = MiniBatchKMeans(clusters, batch_size=BATCH, n_init=5, reassignment_ratio=0.0,
                             random_state=seed).fit(frames_nD)
     return np.ascontiguousarray(found.cluster_centers_, np.float32)
 
