@@ -5,7 +5,8 @@
     FOLDER/vocab.txt or tokenizer.json           Tokenizer.from_bert
 
 The encoder is taken over exactly: on text alone OPT's states equal BertModel's. What BERT has not (other modalities,
-cross-attention, decoders, the other heads) keeps its fresh values; what the system has not stays behind.
+cross-attention, decoders, the other heads) keeps its fresh values; what the system has not stays behind. A system that
+edits words by a masked language model of its own (ViLEM) gets a whole BERT for that, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from opt.config import UserError
 from opt.nn.block import Block, Stack
+from opt.nn.editor import Editor
 from opt.nn.embed import RegionEmbedder, TextEmbedder
 from opt.nn.heads import Pooler, TokenHead
 from opt.systems.opt import OPTConfig
@@ -114,6 +116,7 @@ def begin(system: System, bert: BERT) -> tuple[str, ...]:
         for name, stack in _stacks(system, place):
             state |= _layers(bert.source, name, done, len(stack.blocks), ours)
             done += len(stack.blocks)
+    state |= {f"{name}.taught": torch.tensor(True) for name in _editors(system)}
     return fill(system, state, bert.source.path)
 
 
@@ -123,6 +126,11 @@ def _stacks(system: System, place: Place) -> list[tuple[str, Stack]]:
               if isinstance(module, Stack) and module is not place.stack and _is_bert(module)
               and place.name.startswith(name.rpartition(".")[0] + ".")]
     return [(place.stack_name, place.stack), *behind]
+
+
+def _editors(system: System) -> list[str]:
+    """Names of the masked language models that edit words."""
+    return [name for name, module in system.named_modules() if isinstance(module, Editor)]
 
 
 def _is_bert(stack: Stack) -> bool:
@@ -135,7 +143,13 @@ def _check_fit(system: System, bert: BERT, place: Place) -> None:
     behind = sum(len(stack.blocks) for _, stack in _stacks(system, place)[1:])
     settings = {**bert.settings, "layers": bert.settings["layers"] - behind,
                 "text_positions": min(system.config.text_positions, bert.positions)}
-    require_settings(system.config, ("text",), settings, bert.source.folder or bert.source.path)
+    place_of = bert.source.folder or bert.source.path
+    require_settings(system.config, ("text",), settings, place_of)
+    if _editors(system):
+        require_settings(system.config, ("editor",), bert.settings, place_of)
+        if not bert.source.has(f"{HEAD}.bias"):
+            raise UserError(f"{place_of}: it has no word head ({HEAD}), and so cannot edit words; give a BERT as it "
+                            "was pretrained (BertForPreTraining or BertForMaskedLM), or --model.edits none")
     tokenizer = system.tokenizer
     if tokenizer.size != bert.vocabulary + int((tokenizer.specials >= bert.vocabulary).sum()):
         raise UserError(f"{bert.source.folder} has vectors for {bert.vocabulary:,} tokens, its vocabulary has "

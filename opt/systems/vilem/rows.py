@@ -44,9 +44,9 @@ class Rows(TowerRows):
         """Tokens of each modality's own sequence, of the text that is edited, and about as many as the editor reads."""
         sizes = self.sizes(lengths)
         usable = (sum(sizes.get(name, 0) for name in CONTEXTS) > 0) & (self.config.edits != "none")
-        places = np.minimum(self.config.token_rate * sizes["text"], self.config.most_edits)
+        places = np.minimum(self.config.token_rate * np.maximum(sizes["text"] - 2, 0), self.config.most_edits)
         masked = places if self.config.edits == "one" else np.minimum(places, 1)
-        read = np.ceil(sizes["text"] * (1 + masked)).astype(np.int64)
+        read = np.round(sizes["text"] * (1 + masked)).astype(np.int64)
         return np.maximum(sum(sizes.values()) + read * usable, 1)
 
     def ask(self, packer: Packer, rows: list[TowerRow]) -> Asked:
