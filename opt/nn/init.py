@@ -33,12 +33,13 @@ def by_width(module: nn.Module) -> None:
             _multiway(block, (2 * len(module.blocks)) ** -0.5)
     elif isinstance(module, TextEmbedder):
         nn.init.normal_(module.token.weight, std=0.02)
-        nn.init.normal_(module.position.weight, std=0.01)
+        if module.position is not None:
+            nn.init.normal_(module.position.weight, std=0.01)
     elif isinstance(module, PatchEmbedder | FrameEmbedder):
-        width = module.position.embedding_dim
-        nn.init.normal_(module.position.weight, std=width**-0.5)
+        if module.position is not None:
+            nn.init.normal_(module.position.weight, std=module.position.embedding_dim**-0.5)
         if module.first is not None:
-            nn.init.normal_(module.first, std=width**-0.5)
+            nn.init.normal_(module.first, std=module.first.shape[1] ** -0.5)
     elif isinstance(module, Projection):
         nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
 

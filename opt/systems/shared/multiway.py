@@ -32,15 +32,18 @@ from opt.systems.shared.rows import TowerRows
 from opt.systems.shared.towers import as_clips
 
 TABLE = {"text": TEXT, "image": PATCH, "audio": FRAME}
+PARTS = "parts"
+"""The view of sequences of one modality each where training does not read them so."""
 
 
 class MultiwayRows(TowerRows):
     """Sequences of all kinds in one view."""
 
     def packer(self) -> Packer:
-        """An empty one with the view "encoder" over words, patches and frames."""
+        """An empty one whose views are over words, patches and frames."""
         tables = tuple(TABLE[name] for name in ("text", "image", "audio") if name in self.modalities)
-        return Packer(1, max(self.speech_width, 1), 3 * self.config.sight.patch**2, (PATCH, FRAME), {"encoder": tables})
+        views = dict.fromkeys(["encoder", *map(self.view, self.modalities)], tables)
+        return Packer(1, max(self.speech_width, 1), 3 * self.config.sight.patch**2, (PATCH, FRAME), views)
 
     def view(self, modality: str) -> str:
         """One for all modalities."""
@@ -71,10 +74,17 @@ class MultiwaySystem(Answering):
         """What it reads."""
         return tuple(name for name in ("text", "image", "audio") if name in self.config.reads)
 
-    def entries(self, batch: Batch) -> Tensor:
-        """Every token of the batch's sequences before the stack: (N, D)."""
-        tables = [self.embedders[name](batch.table(name)) for name in self.modalities]
-        return nn.functional.embedding(batch.views["encoder"].gather, torch.cat(tables))
+    def embedded(self, batch: Batch) -> Tensor:
+        """Every entry of the batch's tables, which `gather` of its views counts: (entries, D)."""
+        return torch.cat([self.embedders[name](batch.table(name)) for name in self.modalities])
+
+    def entries(self, batch: Batch, view: View) -> Tensor:
+        """Every token of a view's sequences before the stack: (N, D)."""
+        return nn.functional.embedding(view.gather, self.embedded(batch))
+
+    def own(self, batch: Batch) -> View:
+        """Where each modality's sequences stand by themselves."""
+        return batch.views.get(PARTS, batch.views["encoder"])
 
     def bias(self, view: View) -> Bias | None:
         """What attention adds to its scores in the sequences of a view. Nothing by default."""
@@ -86,13 +96,14 @@ class MultiwaySystem(Answering):
 
     def encode(self, modality: str, batch: Batch) -> States:
         """One modality's sequences by themselves."""
-        view = batch.views["encoder"]
-        return States.of(self.read(self.entries(batch), view), view)
+        view = self.own(batch)
+        return States.of(self.read(self.entries(batch, view), view), view)
 
     def unfused(self, modality: str, batch: Batch) -> States:
         """Embedded words, patches or frames: modalities mix from the first layer on, so that this is all that pairs
         can share."""
-        return as_clips(States.of(self.entries(batch), batch.views["encoder"]), modality, batch)
+        view = self.own(batch)
+        return as_clips(States.of(self.entries(batch, view), view), modality, batch)
 
     def together(self, parts: Mapping[str, States]) -> States:
         """States of sequences that are sample p of all parts, each as `unfused` gives it, side by side."""
