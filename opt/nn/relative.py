@@ -11,6 +11,7 @@ Shape legend: N packed tokens, b sequences of a bucket, L their padded length, H
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,9 @@ class RelativePositions(nn.Module):
     """A learned bias for each head and layer (VLMo's code, section 5.1 of our notes).
 
     Two patches have a row of the table by how many rows and columns they are apart, the class token three of its own;
-    two words, or two frames, by their distance; tokens of different modalities one for each pair of them. Words from
-    `text` on, frames from `frames` on have no place. frames 0: nothing is heard.
+    two words, or two frames, by their distance; tokens of different modalities one for each pair of them. The table
+    lies in pieces, one a modality and one "across": a stage of training may teach words their order and leave what
+    pictures know as it is. text, frames: how many places they have; frames 0: nothing is heard.
     """
 
     pair: Tensor
@@ -39,42 +41,39 @@ class RelativePositions(nn.Module):
         self.heads, self.starts = heads, {"text": 0, "image": text, "audio": text + 1 + grid**2}
         pair, rows = _pairs(grid, text, frames)
         self.register_buffer("pair", pair, persistent=False)
-        self.table = nn.Parameter(torch.zeros(rows, layers * heads))
+        self.table = nn.ParameterDict({name: torch.zeros(count, layers * heads) for name, count in rows.items()})
 
     def forward(self, place_N: Tensor, layout: AttentionLayout) -> Bias:
-        """Of sequences whose tokens have these places, text, then pictures, then speech: `starts` says from where."""
+        """Of sequences whose tokens have these places: `starts` says from where those of a modality count."""
         pairs = [self.pair[place_bL[:, :, None], place_bL[:, None, :]] for place_bL in dense(place_N, layout)]
+        table_RX = torch.cat(list(self.table.values()))
 
         def bias(layer: int) -> list[Tensor]:
-            table_RH = self.table[:, layer * self.heads : (layer + 1) * self.heads]
+            table_RH = table_RX[:, layer * self.heads : (layer + 1) * self.heads]
             return [F.embedding(pair_bLL, table_RH).permute(0, 3, 1, 2) for pair_bLL in pairs]
 
         return bias
 
 
-def _pairs(grid: int, text: int, frames: int) -> tuple[Tensor, int]:
-    """Row of the table for each query's and key's place (P, P) int64, and how many rows there are."""
+def _pairs(grid: int, text: int, frames: int) -> tuple[Tensor, dict[str, int]]:
+    """Row of the whole table for each query's and key's place (P, P) int64, and how many rows each piece has."""
+    square = (2 * grid - 1) ** 2
     patch = torch.arange(grid**2)
     across = (patch[:, None] // grid - patch // grid + grid - 1) * (2 * grid - 1) + (
         patch[:, None] % grid - patch % grid + grid - 1)
-    rows = (2 * grid - 1) ** 2
-    image = F.pad(across, (1, 0, 1, 0), value=rows)  # the class token looks at patches
-    image[1:, 0], image[0, 0] = rows + 1, rows + 2
-    rows += 3
-    blocks = [_distances(text) + rows, image]
-    rows += 2 * text - 1
+    image = F.pad(across, (1, 0, 1, 0), value=square)  # the class token looks at patches
+    image[1:, 0], image[0, 0] = square + 1, square + 2
+    blocks, sizes = {"text": _distances(text), "image": image}, {"image": square + 3, "text": 2 * text - 1}
     if frames:
-        blocks.append(_distances(1 + frames) + rows)
-        rows += 2 * frames + 1
-    pair = torch.block_diag(*blocks)
-    ends = torch.tensor([len(block) for block in blocks]).cumsum(0).tolist()
-    spans = [slice(end - len(block), end) for end, block in zip(ends, blocks, strict=True)]
-    for one in spans:
-        for other in spans:
-            if one is not other:
-                pair[one, other] = rows
-                rows += 1
-    return pair, rows
+        blocks["audio"], sizes["audio"] = _distances(1 + frames), 2 * frames + 1
+    sizes["across"] = len(blocks) * (len(blocks) - 1)
+    first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    pair = torch.block_diag(*(block + first[name] for name, block in blocks.items()))
+    ends = itertools.accumulate(len(block) for block in blocks.values())
+    spans = [slice(end - len(block), end) for end, block in zip(ends, blocks.values(), strict=True)]
+    for row, (one, other) in enumerate(itertools.permutations(spans, 2), first["across"]):
+        pair[one, other] = row
+    return pair, sizes
 
 
 def _distances(length: int) -> Tensor:
@@ -92,7 +91,8 @@ def prefix(writes_N: Tensor, layout: AttentionLayout) -> Bias:
         length = writes_bL.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=writes_bL.device).tril()
         open_bLL = ~writes_bL[:, None, :] | (writes_bL[:, :, None] & earlier)
-        biases.append(torch.zeros(open_bLL.shape, device=writes_bL.device).masked_fill(~open_bLL, float("-inf"))[:, None])
+        closed_bLL = torch.where(open_bLL, 0.0, float("-inf"))
+        biases.append(closed_bLL[:, None])
     return lambda layer: biases
 
 

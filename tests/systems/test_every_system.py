@@ -49,6 +49,14 @@ def test_it_learns_a_batch_by_heart(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", EVERY)
+def test_its_sizes_are_known_before_its_memory_is_taken(preset: str) -> None:
+    with torch.device("meta"):
+        sizes = made(preset)
+    there = {name: value.shape for name, value in made(preset).state_dict().items()}
+    assert {name: value.shape for name, value in sizes.state_dict().items()} == there
+
+
+@pytest.mark.parametrize("preset", EVERY)
 def test_every_trained_parameter_gets_a_gradient(preset: str) -> None:
     system, found = made(preset), set()
     for turn in range(3):  # a row draws one of several tasks

@@ -2,7 +2,6 @@
 
     config.py      sizes, experts, rates, the stages
     rows.py        the preparer: samples -> each modality by itself and masked sequences, packed for one run
-    positions.py   relative positions, each modality's own
     model.py       embedders -> one transformer of experts -> heads; what each stage asks and trains
 """
 

@@ -28,7 +28,7 @@ from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Pooler, Projection, Temperature, TokenHead
 from opt.nn.init import by_width
 from opt.nn.multiway import MultiwayStack, Route, sorted_layout
-from opt.nn.relative import Bias
+from opt.nn.relative import Bias, RelativePositions
 from opt.nn.states import ABSENT, States
 from opt.objectives.masked import token_cross_entropy
 from opt.objectives.term import Term
@@ -41,7 +41,6 @@ from opt.systems.shared.pairs import contrasts
 from opt.systems.shared.stages import train_only
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress
 from opt.systems.vlmo.config import CONTRAST, MATCH, PATCHES, WORDS, VLMoConfig
-from opt.systems.vlmo.positions import OwnedPositions
 from opt.systems.vlmo.rows import Rows
 
 OWN, FUSED = "own", "fused"
@@ -75,7 +74,7 @@ class VLMo(MultiwaySystem):
             require_codes(config.sight, facts)
         sizes, epsilon = config.encoder, config.norm_epsilon
         self.embedders = self._embedders()
-        self.positions = OwnedPositions(
+        self.positions = RelativePositions(
             config.sight.grid, config.text_positions, config.frame_positions if config.hears else 0, sizes.heads,
             sizes.layers,
         ) if config.positions == "relative" else None  # fmt: skip
@@ -207,7 +206,7 @@ class VLMo(MultiwaySystem):
     def bias(self, view: View) -> Bias | None:
         """Of relative positions."""
         positions = self.positions
-        return None if positions is None else positions.bias(places(view, positions.starts), view.layout)
+        return None if positions is None else positions(places(view, positions.starts), view.layout)
 
     def vector(self, modality: str, states: States) -> Tensor:
         """By the first state: (S, E)."""
