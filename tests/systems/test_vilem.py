@@ -15,7 +15,7 @@ from opt.config import UserError
 from opt.data.batch import Batch, TextTable
 from opt.data.layout import cross_layout, self_layout
 from opt.data.plan import BatchPlan
-from opt.data.record import Lengths, Sample
+from opt.data.record import Lengths
 from opt.data.tokenizer import Tokenizer
 from opt.nn.states import States
 from opt.objectives.term import loss

@@ -43,8 +43,9 @@ def base() -> Preset:
 def _tiny(hears: bool) -> Preset:
     config = ViLEMConfig(
         TINY_SIGHT, TINY, Sizes(TINY.width, 2, TINY.heads, TINY.inner), upper_layers=2, audio=TINY, hears=hears,
-        editor=Sizes(128, 2, 4, 512), space=128, text_positions=64, dropout=0.0, momentum=0.9, ring_rows=512, ramp=0.2,
-    )
+        editor=Sizes(384, 1, 4, 768), editor_share=0.3, space=128, text_positions=64, dropout=0.0, momentum=0.9,
+        ring_rows=512, ramp=0.2,
+    )  # an editor that is wide and shallow learns in the fewest steps
     return Preset(config, LoopConfig(batch_tokens=16_384))
 
 
