@@ -39,8 +39,6 @@ TRAIN, TEST, SEED = 3000, 1000, 11
 MODEL = tiny().model
 OPTIM = OptimConfig(learning_rate=6e-4)
 BATCH_TOKENS = 4096
-FULL = "full"
-"""The variant that CPU time is measured against."""
 MEASURED_STEPS, WARM_UP_STEPS = 16, 4
 CHECKPOINTS = 4
 """States kept of each run, evenly spaced; the last one is its end."""
@@ -130,7 +128,7 @@ def measure_steps(runs: list[Run]) -> None:
     """Write OUT/cpu_seconds.json: CPU-seconds of a step of each variant, so that CPU-minutes become steps.
 
     Steps of all variants take turns, because a busy machine makes every step slower: variants stay comparable. Those
-    of a later study are measured beside `full` and scaled to what `full` took at first.
+    of a later call are measured beside one that is known, and scaled to what that took at first.
     """
     path = runs[0].out / "cpu_seconds.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
@@ -140,12 +138,13 @@ def measure_steps(runs: list[Run]) -> None:
     readers = {run.shards("train"): ShardReader(run.shards("train")) for run in runs}
     tokenizer = Tokenizer.train(readers[runs[0].shards("train")].captions(), 2000)
     with tempfile.TemporaryDirectory() as folder:
-        beside = {run.variant: run for run in runs if run.variant == FULL} | new
+        anchor = next((run for run in runs if run.variant in known), None)
+        beside = ({anchor.variant: anchor} if anchor else {}) | new
         steppers = {name: _steps(run, readers[run.shards("train")], tokenizer, Path(folder))
                     for name, run in beside.items()}
         rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(MEASURED_STEPS)]
     seconds = {name: float(np.mean([round[name] for round in rounds[WARM_UP_STEPS:]])) for name in steppers}
-    scale = known.get(FULL, seconds[FULL]) / seconds[FULL] if FULL in seconds else 1.0
+    scale = known[anchor.variant] / seconds[anchor.variant] if anchor else 1.0
     known |= {name: round(seconds[name] * scale, 4) for name in new}
     write_atomic(path, json.dumps(known).encode())
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import Run, arguments, carry_out, make_data
+from study import Run, arguments, carry_out, do, make_data
 
 from eval.captioning import CaptionConfig, caption
 from eval.result import read_result
@@ -42,6 +42,8 @@ PRESETS = ("tiny", "trimodal")
 SINGLE = [name for name, (given, sought) in DIRECTIONS.items() if len(given) == len(sought) == 1]
 PAIRED = ("text_to_image", "image_to_text", "text_to_audio", "audio_to_text")
 MATCHED, TIMED = 200, 256
+UNITS, TOLD_IN_UNITS = "units", ("beit3.trimodal",)
+"""The shards with speech codes, and who predicts these."""
 
 
 def variants(only: list[str]) -> dict[str, tuple[str, Any]]:
@@ -60,14 +62,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="systems or variants; all where it is left out")
     given = parser.parse_args()
     make_data(given.out)
-    runs = [Run(name, model, seed, given.minutes, given.out, system=system, batch_tokens=BATCH_TOKENS, optim=OPTIM)
-            for seed in range(given.seeds) for name, (system, model) in variants(given.only).items()]
+    make_units(given.out)
+    runs = [Run(name, model, seed, given.minutes, given.out, UNITS if name in TOLD_IN_UNITS else "", system,
+                BATCH_TOKENS, OPTIM) for seed in range(given.seeds)
+            for name, (system, model) in variants(given.only).items()]
     records = carry_out("systems", runs, judge, given.workers)
     figures = {name: {key: _mean([row[key] for row in rows]) for key in rows[0] if key not in ("variant", "folder")}
                for name, rows in records.items()}
     content = {"minutes": given.minutes, "seeds": given.seeds, "systems": figures}
     write_atomic(given.out / "systems.json", (json.dumps(content, indent=1) + "\n").encode())
     print(json.dumps(content))
+
+
+def make_units(out: Path) -> None:
+    """The same shards with speech codes: k-means of the training part's frames."""
+    plain, units = out / "shards", out / "shards" / UNITS
+    do("shards", "units", plain / "train", "--out", units / "train", "--clusters", 100)
+    do("shards", "units", plain / "test", "--out", units / "test", "--centroids", units / "train/centroids.safetensors")
 
 
 def judge(run: Run, system: System) -> dict[str, Any]:
