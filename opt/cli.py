@@ -60,6 +60,7 @@ VERBS = {
     "eval caption": Verb("eval.captioning:caption", "describe pictures in words"),
     "eval vqa": Verb("eval.vqa:vqa", "answer questions about pictures: VQA accuracy"),
     "eval nlvr2": Verb("eval.nlvr2:nlvr2", "judge sentences about two pictures: accuracy and consistency"),
+    "eval proofread": Verb("eval.proofreading:proofread", "find and mend a wrong word of each caption: accuracy"),
     "eval text-to-image": Verb("eval.image_generation:text_to_image", "draw pictures from captions"),
     "eval classify": Verb(
         "eval.classification:classify", "linear probe for each subset of modalities: average precision"
