@@ -49,8 +49,8 @@ class UnitsConfig:
     """Folder of the new shards; made when absent."""
     clusters: int = 100
     """Centroids, so many speech codes there will be."""
-    frames: int = 200_000
-    """Frames that the centroids are fitted to, drawn evenly from all."""
+    frames: int = 100_000
+    """Frames that the centroids are fitted to, drawn evenly from all; held in memory, 4 bytes a number."""
     seed: int = 0
     """Draws the frames and the centroids to begin with."""
     centroids: Path | None = None

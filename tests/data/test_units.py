@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from opt.data.shards import ShardReader, ShardWriter
 from opt.data.stored import StoredShard
 from opt.data.units import UnitsConfig, draw_frames, fit, nearest, read_centroids, units
 from opt.data.verify import VerifyConfig, verify
+from pretrain.run import facts
 
 AUDIO = {"audio": {"backend": "b", "weights": "w", "weights_sha256": "aa", "settings": {"layer": 6}}}
 ORIGIN = Origin("made up", "train")
@@ -81,7 +83,8 @@ def test_every_frame_gets_its_nearest_centroid_and_nothing_else_changes(tmp_path
         far_TK = ((sample.speech[:, None].astype(np.float64) - centroids_KD[None]) ** 2).sum(2)
         np.testing.assert_array_equal(sample.speech_codes[:, 0], far_TK.argmin(1))
     manifest = after.manifest
-    assert manifest.speech_codebooks == (7,) and manifest.failures == before.manifest.failures
+    assert manifest.speech_codebooks == facts(manifest).speech_codebooks == (7,)
+    assert manifest.failures == before.manifest.failures
     assert manifest.origins == (ORIGIN,) and manifest.storage == before.manifest.storage
     assert {name: manifest.extractors[name] for name in AUDIO} == AUDIO
     assert [shard.records for shard in manifest.shards] == [3, 3, 2]
@@ -129,6 +132,19 @@ def test_frames_are_drawn_once_each_and_evenly(tmp_path: Path) -> None:
     assert not np.array_equal(drawn, draw_frames(reader, 30, 2)[:, 0])
     often = np.bincount(np.concatenate([draw_frames(reader, 30, seed)[:, 0] for seed in range(60)]).astype(int))
     assert len(often) == 100 and often.min() >= 5 and often.max() <= 35  # 18 expected, deviation 3.5
+
+
+def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
+    rng, peaks = np.random.default_rng(0), []
+    for count in (20, 320):  # 0.6 and 10 MB of features
+        folder = tmp_path / f"in{count}"
+        write(folder, [speaking(f"k{number}", rng.normal(size=(250, 64))) for number in range(count)], size=20)
+        units(UnitsConfig(folder, tmp_path / f"warm{count}", clusters=4, frames=200))
+        tracemalloc.start()
+        units(UnitsConfig(folder, tmp_path / f"out{count}", clusters=4, frames=200))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 400_000
 
 
 def test_units_cut_short_go_on_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
