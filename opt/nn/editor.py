@@ -18,6 +18,7 @@ from opt.data.batch import TextTable, View, moved
 from opt.data.layout import self_layout
 from opt.data.tokenizer import Tokenizer
 from opt.nn.block import Stack
+from opt.nn.compiled import uncompiled
 from opt.nn.embed import TextEmbedder
 from opt.nn.heads import TokenHead
 from opt.nn.towers import Tower
@@ -45,7 +46,8 @@ class Editor(nn.Module):
         """Logits of no place, (0, V): every parameter takes part, and its gradient is zero."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
         hidden_0D = self.tower.embedder.at(none, none)  # type: ignore[operator]
-        return self._words(self.tower.stack(hidden_0D, moved(self_layout(np.zeros(0, np.int64)), device)))
+        with uncompiled():
+            return self._words(self.tower.stack(hidden_0D, moved(self_layout(np.zeros(0, np.int64)), device)))
 
     def _words(self, hidden_MD: Tensor) -> Tensor:
         embedder = self.tower.embedder

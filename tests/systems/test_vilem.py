@@ -19,6 +19,7 @@ from opt.data.record import Lengths
 from opt.data.tokenizer import Tokenizer
 from opt.nn.states import States
 from opt.objectives.term import loss
+from opt.systems.shared.config import Sizes
 from opt.systems.shared.matching import CONTEXTS, usable
 from opt.systems.shared.proofreading import Proofreader
 from opt.systems.system import Progress
@@ -154,12 +155,12 @@ def test_both_branches_are_those_of_plain_loops(preset: str) -> None:
 
 
 def test_each_text_layer_looks_at_another_depth() -> None:
-    system = made("vilem.tiny")
+    system = made("vilem.tiny", image=Sizes(16, 5, 2, 32))
     batch, tower = batch_of(system), system.encoders.towers["image"]
-    seen = system.encoders.see("image", batch)
+    seen, layout = system.encoders.see("image", batch), batch.views["image"].layout
     entries = tower.entries(batch.patches, batch.views["image"])
-    assert torch.equal(seen.depths[0], entries)
-    assert torch.equal(seen.depths[1], tower.stack.blocks[0](entries, batch.views["image"].layout))
+    second = tower.stack.blocks[1](tower.stack.blocks[0](entries, layout), layout)
+    assert len(seen.depths) == 2 and torch.equal(seen.depths[0], entries) and torch.equal(seen.depths[1], second)
     assert torch.equal(seen.states.hidden, system.encode("image", batch).hidden)
 
 

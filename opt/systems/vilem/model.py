@@ -51,8 +51,8 @@ class ViLEM(TowerSystem):
         super().__init__()
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self.encoders = Encoders(config, tokenizer.size, facts.speech_width)
+        self.open_words, self.filled = open_words(tokenizer), False
         self.learner: Editor | None = None
-        self.filled = False
         if config.edits != "none":
             self.gist = Gist(self.modalities, config.image.width, config.text.width)
             sizes, taught = config.editor, config.editor_share > 0
@@ -60,8 +60,8 @@ class ViLEM(TowerSystem):
                             TEXT_EPSILON, taught)
             self.learner = editor if taught else None
             self.editor = Twin(editor.apply(by_width), momentum=0.0)
-            self.register_buffer("editable", torch.from_numpy(open_words(tokenizer)), persistent=False)
-            if int(self.editable.sum()) < 2:
+            self.register_buffer("editable", torch.from_numpy(self.open_words), persistent=False)
+            if self.open_words.sum() < 2:
                 raise UserError(f"a vocabulary of {tokenizer.size} tokens has no two words to change for one another; "
                                 "give a larger one, or --model.edits none")
         self.encoders.apply(by_width)
@@ -70,7 +70,7 @@ class ViLEM(TowerSystem):
 
     def preparer(self) -> Rows:
         """Samples -> a sequence a modality, and texts to be edited."""
-        return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities)
+        return Rows(self.config, self.tokenizer, self.facts.speech_width, self.modalities, self.open_words)
 
     @property
     def kept(self) -> Encoders:
@@ -90,7 +90,7 @@ class ViLEM(TowerSystem):
         terms, edited_M = self._edit(batch, learning)
         terms |= self._judged(batch, seen, kept_seen, edited_M)
         return Output({**contrast.terms, **terms},
-                      {**contrast.carry, "learning": torch.tensor(learning, device=edited_M.device)})
+                      {**contrast.carry, "learning": torch.full((), learning, device=edited_M.device)})
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """The twin follows, the ring takes in the twin's vectors, the temperature stays in its range; the editor is
@@ -153,7 +153,7 @@ class ViLEM(TowerSystem):
         """A caption's ids, the place of a whole word among them, and a random number; None where it has none."""
         ids = self.preparer().words(sample.caption or "")
         word_L = self.tokenizer.words_of(ids)
-        whole = np.flatnonzero((np.bincount(word_L)[word_L] == 1) & self.editable.numpy(force=True)[ids])
+        whole = np.flatnonzero((np.bincount(word_L)[word_L] == 1) & self.open_words[ids])
         rng = np.random.default_rng((seed, key_hash(f"{sample.key} {sample.caption}")))
         return (ids, int(rng.choice(whole)), int(rng.integers(2**63))) if len(whole) else None
 

@@ -11,7 +11,6 @@ from opt.data.batch import Targets
 from opt.data.pack import TEXT, Packer
 from opt.data.record import Lengths
 from opt.data.tokenizer import Tokenizer
-from opt.nn.editor import open_words
 from opt.systems.shared.matching import CONTEXTS
 from opt.systems.shared.rows import Asked, TowerRow, TowerRows
 from opt.systems.vilem.config import ViLEMConfig
@@ -26,13 +25,16 @@ class Rows(TowerRows):
     extra "edit_place"  its place in the view "edited" (M,); extra "edit_key": its own random number (M,)
     counts "edit"       edited words
     host "context"      by which of picture and speech each row's text is judged, bool (B, 2)
+
+    editable: tokens that may be changed, bool (V,).
     """
 
     config: ViLEMConfig
 
-    def __init__(self, config: ViLEMConfig, tokenizer: Tokenizer, speech_width: int, modalities: Sequence[str]) -> None:
+    def __init__(self, config: ViLEMConfig, tokenizer: Tokenizer, speech_width: int, modalities: Sequence[str],
+                 editable: np.ndarray) -> None:
         super().__init__(config, tokenizer, speech_width, modalities)
-        self.open_V = open_words(tokenizer)
+        self.editable = editable
 
     def packer(self) -> Packer:
         """An empty one with the editor's views beside those of the towers."""
@@ -80,7 +82,7 @@ class Rows(TowerRows):
 
     def _chosen(self, row: TowerRow) -> np.ndarray:
         """Places of the words to change, in order; there may be none."""
-        chosen = np.flatnonzero((row.rng.random(len(row.ids)) < self.config.token_rate) & self.open_V[row.ids])
+        chosen = np.flatnonzero((row.rng.random(len(row.ids)) < self.config.token_rate) & self.editable[row.ids])
         if len(chosen) > self.config.most_edits:
             chosen = np.sort(row.rng.choice(chosen, self.config.most_edits, replace=False))
         return chosen
