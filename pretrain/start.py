@@ -1,7 +1,8 @@
 """`--start`: the weights a run begins with. They are read until the run has a checkpoint of its own, and never again.
 
     bert:FOLDER  --opt/weights/bert.py--> words, and weights for the text tower of a new system
-    vit:PLACE    --opt/weights/vit.py--> weights for the picture tower; may stand beside a BERT
+    vit:PLACE    --opt/weights/vit.py--> weights for the picture tower; may stand beside a BERT. A BEiT, or a ViT, for
+                 --opt/weights/beit.py--> what a VLMo sees with
     model:FOLDER --opt/checkpoint.py--> the words and weights of a model of the same system
     run/         config.json names the start, the SHA-256 of its weights and their history; tokenizer.json its words
 """
@@ -18,8 +19,9 @@ from opt.checkpoint import from_pretrained, parse_history, read_history
 from opt.config import UserError, read_json
 from opt.data.tokenizer import Tokenizer
 from opt.history import History
+from opt.systems.shared.multiway import MultiwaySystem
 from opt.systems.system import System
-from opt.weights import bert, vit
+from opt.weights import beit, bert, vit
 from opt.weights.source import Source
 from pretrain.state import newest_state
 
@@ -118,7 +120,8 @@ def _from_vit(source: str, place: Path, vocabulary: Path | None) -> Start:
 
 
 def _fill_from_vit(source: str, found: Source, system: System) -> str:
-    return f"{', '.join(vit.begin(system, found))} of {source}"
+    begin = beit.begin if isinstance(system, MultiwaySystem) else vit.begin
+    return f"{', '.join(begin(system, found))} of {source}"
 
 
 def _require_same_words(tokenizer: Tokenizer | None, vocabulary: Path | None, folder: Path) -> None:

@@ -90,7 +90,7 @@ def resized(table: Tensor, grid: int) -> Tensor:
     return cat([table[:1], spread.flatten(2)[0].T])
 
 
-def _heads(source: Source, width: int) -> int:
+def heads(source: Source, width: int) -> int:
     """Of each layer's attention. Raises UserError where neither settings nor width tell."""
     heads = source.settings.get("num_attention_heads", width // HEAD if width % HEAD == 0 else None)
     if not isinstance(heads, int):
@@ -109,12 +109,12 @@ def begin(system: System, source: Source) -> tuple[str, ...]:
     for place in places(system, PatchEmbedder):
         embedder = place.embedder
         assert isinstance(embedder, PatchEmbedder)
-        if embedder.patch.bias is None or not isinstance(embedder.norm, nn.Identity):
+        if embedder.patch.bias is None or embedder.position is None or not isinstance(embedder.norm, nn.Identity):
             continue
         found = tower(source, "", place.embedder_name, place.stack_name)
         weights = found[f"{place.embedder_name}.patch.weight"]
         sizes = {"width": len(weights), "layers": source.layers(TIMM.blocks) or source.layers(TRANSFORMERS.blocks),
-                 "heads": _heads(source, len(weights)),
+                 "heads": heads(source, len(weights)),
                  "inner": len(found[f"{place.stack_name}.blocks.0.feed_forward.0.weight"]),
                  "patch": math.isqrt(weights.shape[1] // 3)}
         require_settings(system.config, ("image", "encoder", "sight"), sizes, source.path)
