@@ -24,12 +24,14 @@ TOLERANCE = 0.8
 class Bucket:
     """`rows` pairs of like length: so many queries and keys of each, padding included.
 
+    members (rows,) int64 on the host: the number of each among all pairs.
     valid (rows, keys) bool, True = may attend; None when no key is padding.
     """
 
     rows: int
     queries: int
     keys: int
+    members: np.ndarray
     valid: Tensor | None
 
 
@@ -98,7 +100,7 @@ def _layout(
         key, key_valid = (query, query_valid) if alone else _dense(key_starts[rows], key_lengths[rows])
         inverse[query[query_valid]] = padded + np.flatnonzero(query_valid.ravel())
         valid = None if key_valid.all() else torch.from_numpy(key_valid)
-        buckets.append(Bucket(len(rows), query.shape[1], key.shape[1], valid))
+        buckets.append(Bucket(len(rows), query.shape[1], key.shape[1], rows, valid))
         queries.append(query.ravel())
         keys.append(key.ravel())
         padded += query.size

@@ -25,6 +25,8 @@ from opt.data.pixels import Patches
 from opt.data.record import Picture
 
 TABLES = TEXT, REGION, FRAME, PATCH = range(4)
+MODALITY = {TEXT: "text", PATCH: "image", FRAME: "audio"}
+"""What an entry of a table is called."""
 
 
 @dataclass(frozen=True)

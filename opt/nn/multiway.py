@@ -22,12 +22,10 @@ from torch import Tensor, nn
 
 from opt.data.batch import View
 from opt.data.layout import AttentionLayout
-from opt.data.pack import FRAME, PATCH, TEXT
+from opt.data.pack import MODALITY
 from opt.nn.attention import attend
 from opt.nn.relative import Bias
 
-MODALITY = {TEXT: "text", PATCH: "image", FRAME: "audio"}
-"""What a token of a table is called."""
 KINDS = ("text", "fused text", "fused image", "image", "audio", "fused audio")
 """In the order in which tokens lie: neighbours often have one expert."""
 

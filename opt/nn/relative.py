@@ -1,12 +1,13 @@
 """What attention adds to its scores, by how a query and a key lie to each other, over packed sequences.
 
-    place of each token --dense, bucket by bucket--> (b, L), (b, L) --pair--> row of a table --> (b, H, L, L) a layer
+    tokens of a bucket's sequences --places--> pairs of places --row of a table--> (b, H, L, L) a layer
 
     relative positions   a learned number a head and a layer (VLMo, arXiv 2111.02358; BEiT, arXiv 2106.08254)
     prefix               -inf where a token must not look: pictures see pictures, text its picture and its own past
                          (BEiT-3, arXiv 2208.10442)
 
-Shape legend: N packed tokens, b sequences of a bucket, L their padded length, H heads, P places, D width.
+Shape legend: N packed tokens, b sequences of a bucket, u unlike ones, L their padded length, H heads, P places, M
+modalities, D width.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opt.data.layout import AttentionLayout
+from opt.data.batch import View
+from opt.data.layout import AttentionLayout, Bucket
+from opt.data.pack import MODALITY
 
 Bias = Callable[[int], list[Tensor]]
 """By the number of a layer, what is added to the scores of each bucket."""
@@ -43,16 +47,43 @@ class RelativePositions(nn.Module):
         self.register_buffer("pair", pair, persistent=False)
         self.table = nn.ParameterDict({name: torch.zeros(count, layers * heads) for name, count in rows.items()})
 
-    def forward(self, place_N: Tensor, layout: AttentionLayout) -> Bias:
-        """Of sequences whose tokens have these places: `starts` says from where those of a modality count."""
-        pairs = [self.pair[place_bL[:, :, None], place_bL[:, None, :]] for place_bL in dense(place_N, layout)]
+    def forward(self, view: View) -> Bias:
+        """Of the sequences of a view, whose parts lie whole in them, one of each modality. What sequences of the same
+        parts have in common is looked up once."""
+        pairs = [self._pairs_of(view, bucket) for bucket in view.layout.buckets]
         table_RX = torch.cat(list(self.table.values()))
 
         def bias(layer: int) -> list[Tensor]:
             table_RH = table_RX[:, layer * self.heads : (layer + 1) * self.heads]
-            return [F.embedding(pair_bLL, table_RH).permute(0, 3, 1, 2) for pair_bLL in pairs]
+            looked_up = [F.embedding(pair_uLL, table_RH).permute(0, 3, 1, 2) for pair_uLL, _ in pairs]
+            return [found_uHLL if len(found_uHLL) == 1 else found_uHLL.index_select(0, alike_b)
+                    for found_uHLL, (_, alike_b) in zip(looked_up, pairs, strict=True)]
 
         return bias
+
+    def _pairs_of(self, view: View, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Rows of the table for the unlike sequences of a bucket (u, L, L), and which of these each sequence is (b,).
+        Filler counts as the first of them."""
+        real = bucket.members[bucket.members < len(view.lengths)]
+        starts, tables = np.cumsum(view.lengths) - view.lengths, np.array(list(MODALITY))
+        counts_bM = np.stack([np.add.reduceat(view.tables[: int(view.lengths.sum())] == table, starts)[real]
+                              for table in tables], axis=1) if len(real) else np.zeros((1, len(tables)), np.int64)
+        _, first, alike = np.unique(counts_bM, axis=0, return_index=True, return_inverse=True)
+        place_uL = np.zeros((len(first), bucket.queries), np.int64)
+        for row, one in enumerate(real[first] if len(real) else []):
+            place_uL[row, : view.lengths[one]] = self._places(view.tables[starts[one] :][: view.lengths[one]])
+        whole = np.zeros(bucket.rows, np.int64)
+        whole[bucket.members < len(view.lengths)] = alike.reshape(-1)[: len(real)]
+        place, alike_b = (torch.from_numpy(each).to(self.pair.device) for each in (place_uL, whole))
+        return self.pair[place[:, :, None], place[:, None, :]], alike_b
+
+    def _places(self, table_L: np.ndarray) -> np.ndarray:
+        """Where each token of a sequence stands within its part, counted from `starts` of its modality: (L,)."""
+        place_L = np.zeros(len(table_L), np.int64)
+        for table, name in MODALITY.items():
+            own = table_L == table
+            place_L[own] = self.starts[name] + np.arange(own.sum())
+        return place_L
 
 
 def _pairs(grid: int, text: int, frames: int) -> tuple[Tensor, dict[str, int]]:

@@ -244,7 +244,8 @@ class ALBEF(Answering):
         text, hidden, context = _sequences(states, batch)
         own = rank() * len(batch.keys) + np.flatnonzero(usable(batch))
         distinct, looks = np.unique(np.concatenate([pairs.context, own]), return_inverse=True)
-        fused = self.encoders.fuse(States.joined([text.of_ranks(pairs.text), hidden]), context.of_ranks(distinct), looks)
+        texts = States.joined([text.of_ranks(pairs.text), hidden])
+        fused = self.encoders.fuse(texts, context.of_ranks(distinct), looks)
         match = pairs.term(odds(self.match_head(fused.first[: len(pairs.text)])), batch.counts["match"])
 
         place_M, label_M = batch.targets["mlm"].index, batch.targets["mlm"].label

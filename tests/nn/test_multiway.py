@@ -2,17 +2,16 @@
 
 import numpy as np
 import pytest
-import varlen
 import torch
 import torch.nn.functional as F
+import varlen
 
 from opt.data.capacity import Filled
-from opt.data.pack import FRAME, PATCH, TEXT
+from opt.data.pack import FRAME, MODALITY, PATCH, TEXT
 from opt.nn.init import by_width
-from opt.nn.multiway import KINDS, MODALITY, Experts, MultiwayStack, Route, Switch
+from opt.nn.multiway import KINDS, Experts, MultiwayStack, Route, Switch
 from opt.nn.relative import RelativePositions, dense, prefix
 from opt.nn.states import States, side_by_side
-from opt.systems.shared.multiway import places
 
 WIDTH, HEADS = 8, 2
 OWN = {kind: kind.removeprefix("fused ") for kind in KINDS}
@@ -132,6 +131,9 @@ def test_all_tokens_can_be_taken_for_fused_ones() -> None:
 
 def test_filler_changes_nothing() -> None:
     made, (entries, view) = stack(), sequences()
+    relative = RelativePositions(2, 4, 7, HEADS, 2)
+    for piece in relative.table.values():
+        torch.nn.init.normal_(piece)
 
     class Given:
         tasks, jpeg = None, False
@@ -139,6 +141,8 @@ def test_filler_changes_nothing() -> None:
     filled = Filled(Given(), 64)._view(view)
     assert len(filled.tables) == len(filled.gather) > len(view.gather)
     torch.testing.assert_close(made(entries[filled.gather], filled)[: len(entries)], made(entries, view))
+    torch.testing.assert_close(made(entries[filled.gather], filled, relative(filled))[: len(entries)],
+                               made(entries, view, relative(view)))
 
 
 def test_relative_positions_are_looked_up_for_each_pair_of_tokens() -> None:
@@ -149,8 +153,8 @@ def test_relative_positions_are_looked_up_for_each_pair_of_tokens() -> None:
         torch.nn.init.normal_(piece)
     table_RX = torch.cat(list(relative.table.values()))
     made, (entries, view) = stack(), sequences()
-    bias = relative(places(view, relative.starts), view.layout)
-    found = made(entries, view, relative(places(view, relative.starts), view.layout))
+    bias = relative(view)
+    found = made(entries, view, relative(view))
     for got, own, kinds in zip(found.split(view.lengths.tolist()), entries.split(view.lengths.tolist()),
                                kinds_of(view), strict=True):
         names = [kind.removeprefix("fused ") for kind in kinds]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from opt.config import UserError
 from opt.data.batch import Batch, View
-from opt.data.layout import ranges
 from opt.data.pack import FRAME, PATCH, TEXT, Packer, Part, Place
 from opt.data.record import Sample
 from opt.nn.heads import Pooler
@@ -128,23 +127,3 @@ class MultiwaySystem(Answering):
         """Raises UserError for fewer than two modalities, which there is nothing to match of."""
         if len(parts) < 2:
             raise UserError(f"{self.name} matches two modalities or three, not {' and '.join(parts) or 'none'}")
-
-
-def places(view: View, starts: Mapping[str, int]) -> Tensor:
-    """Where each token stands within its part of its sequence, counted from `starts` of its modality: (N,) int64.
-
-    Parts lie whole in sequences, one of each modality; filler has the place 0.
-    """
-    place_N = np.zeros(len(view.tables), np.int64)
-    real = int(view.lengths.sum())
-    if real:
-        begins = np.zeros(real, bool)
-        begins[np.cumsum(view.lengths) - view.lengths] = True
-        begins[1:] |= view.tables[1:real] != view.tables[: real - 1]
-        at = np.flatnonzero(begins)
-        lengths = np.diff(at, append=real)
-        first = np.zeros(len(lengths), np.int64)
-        for name, table in TABLE.items():
-            first[view.tables[at] == table] = starts.get(name, 0)
-        place_N[:real] = ranges(first, lengths)
-    return torch.from_numpy(place_N).to(view.gather.device)

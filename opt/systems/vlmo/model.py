@@ -36,7 +36,7 @@ from opt.systems.shared.asking import asked
 from opt.systems.shared.codes import require_codes
 from opt.systems.shared.matching import CONTEXTS, odds, pair_up
 from opt.systems.shared.momentum import Contrasted, by_row, gathered
-from opt.systems.shared.multiway import MultiwaySystem, places
+from opt.systems.shared.multiway import MultiwaySystem
 from opt.systems.shared.pairs import contrasts
 from opt.systems.shared.stages import train_only
 from opt.systems.system import MODALITIES, DataFacts, Output, Progress
@@ -206,7 +206,7 @@ class VLMo(MultiwaySystem):
     def bias(self, view: View) -> Bias | None:
         """Of relative positions."""
         positions = self.positions
-        return None if positions is None else positions(places(view, positions.starts), view.layout)
+        return None if positions is None else positions(view)
 
     def vector(self, modality: str, states: States) -> Tensor:
         """By the first state: (S, E)."""
