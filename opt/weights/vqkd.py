@@ -63,6 +63,8 @@ def _state(source: Source, layers: int) -> dict[str, Tensor]:
 def _sizes(state: dict[str, Tensor], layers: int) -> VQKDConfig:
     codebook, code_width = state["codes.weight"].shape
     width, values = state["embedder.patch.weight"].shape
+    if width % HEAD:
+        raise ValueError(f"width {width} is no multiple of {HEAD}, a head's")
     return VQKDConfig(
         codebook, code_width, width, layers, width // HEAD, len(state["encoder.blocks.0.feed_forward.0.weight"]),
         math.isqrt(len(state["embedder.position.weight"]) - 1), math.isqrt(values // 3))

@@ -131,6 +131,8 @@ def drop(*names: str) -> Callable[[State], object]:
         (lambda state: state.update({"encoder.fc_norm.bias": torch.zeros(3)}), "do not make VQ-KD's encoder"),
         (lambda state: state.update({"encoder.pos_embed": torch.zeros(1, 23, WIDTH)}), "do not make VQ-KD's encoder"),
         (lambda state: state.update({"encoder.blocks.0.attn.qkv.weight": torch.zeros(WIDTH, WIDTH)}), "do not make"),
+        (lambda state: state.update({"encoder.patch_embed.proj.weight": torch.zeros(WIDTH + 1, 3, PATCH, PATCH)}),
+         "width 129 is no multiple of 64"),
         (lambda state: state.update({"quantize.embedding.weight": torch.zeros(CODES)}), "do not make VQ-KD's encoder"),
     ],
 )
