@@ -75,7 +75,7 @@ class COTSConfig:
     dropout: float = 0.1
     """In the text stream."""
     instance_weight: float = 1.0
-    """Of the contrast with momentum keys; 0 on this level and the others: it is not computed."""
+    """Of the contrast with momentum keys. A level of weight 0 is not computed."""
     token_weight: float = 1.0
     """Of hidden words and of hidden patches."""
     task_weight: float = 1.0
