@@ -304,9 +304,10 @@ def test_a_batch_has_no_more_tokens_than_it_costs(preset: str) -> None:
 
 
 def test_base_is_as_large_as_the_published_model() -> None:
-    """222 million parameters with heads for retrieval, of which 64,010 words (section 8.1 of our notes)."""
+    """222 million parameters with heads for retrieval; it has 64,010 words and 1,024 positions of them."""
     with torch.device("meta"):
-        system = BEiT3(dataclasses.replace(base().model, sharing="code", stage=CONTRAST), tokenizer(), FACTS)
+        config = dataclasses.replace(base().model, sharing="code", stage=CONTRAST, text_positions=1024)
+        system = BEiT3(config, tokenizer(), FACTS)
     parts = (system.embedders, system.stack, system.project)
     count = sum(parameter.numel() for part in parts for parameter in part.parameters())
     assert round((count + (64_010 - tokenizer().size) * 768) / 1e6) == 222

@@ -25,6 +25,7 @@ from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
 from opt.nn.heads import Pooler, Projection, Temperature
 from opt.nn.init import by_width
 from opt.nn.multiway import KINDS, MultiwayStack, Switch
+from opt.nn.pyramid import STRIDES, PatchMap, Pyramid
 from opt.nn.relative import prefix
 from opt.nn.sampling import Sampling
 from opt.nn.states import States, side_by_side
@@ -148,6 +149,11 @@ class BEiT3(MultiwaySystem):
                        min(sampling.limit, self.config.text_positions - 1), sampling.for_text(),
                        [sample.key for sample in samples])
         return [self.tokenizer.decode(ids) for ids in ids_BL.cpu().numpy()]
+
+    def pyramid(self, channels: int = 256, strides: tuple[int, ...] = STRIDES) -> Pyramid:
+        """The image tower, weights shared, as a backbone of torchvision's detectors (section 3.2)."""
+        embedder = cast(PatchEmbedder, self.embedders["image"])
+        return Pyramid(PatchMap(self.config.sight, embedder, self.stack), channels, strides)
 
     def _require(self, config: BEiT3Config, facts: DataFacts) -> None:
         """Raises UserError for an objective it has not, or targets that the shards have not."""
