@@ -23,7 +23,7 @@ from opt.config import UserError, read_json
 from opt.weights.pickled import Node, Pickled
 from opt.weights.pickled_arrays import PickledArrays
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model", "module", "state_dict")
 """Where training programs put the weights beside an optimizer's state."""
 SETTINGS = (
     "argparse.Namespace", "collections.defaultdict", "easydict.*", "enum.*", "numpy.*", "omegaconf.*", "pathlib.*",
