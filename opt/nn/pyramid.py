@@ -58,7 +58,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, patches: PatchMap, channels: int = 256, strides: tuple[int, ...] = STRIDES) -> None:
         super().__init__()
-        width, patch = patches.embedder.position.embedding_dim, patches.sight.patch
+        width, patch = patches.embedder.patch.out_features, patches.sight.patch
         if wrong := [stride for stride in strides if not _doubles(stride, patch)]:
             raise ValueError(f"a stride of {wrong[0]} is not {patch}, the patch's side, times or over a power of two")
         self.patches, self.out_channels = patches, channels

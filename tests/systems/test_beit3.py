@@ -1,14 +1,17 @@
 """BEiT-3: what is hidden and asked for, whose weights see what, and captions written by filling in."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures import FACTS, tokenizer
+from fixtures import FACTS, fake_shards, tokenizer
 from shrunken import batch_of, made, rows, sample
 
+from opt.checkpoint import from_pretrained, save_pretrained
 from opt.config import UserError
 from opt.data.batch import Batch
 from opt.data.pack import FRAME, PATCH, TEXT
@@ -17,12 +20,13 @@ from opt.nn.relative import prefix
 from opt.nn.sampling import Sampling
 from opt.nn.states import States, side_by_side
 from opt.objectives.term import loss
-from opt.recipe import OptimConfig, Stage
+from opt.recipe import LoopConfig, OptimConfig, Stage
 from opt.systems.beit3 import BEiT3, BEiT3Config, base
 from opt.systems.beit3.infill import InfillWriter
 from opt.systems.beit3.rows import TOGETHER
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, build
+from pretrain.finetune import FinetuneConfig, finetune
 from pretrain.optim import adamw
 
 SAMPLES = {number: sample(number) for number in range(12)}
@@ -248,6 +252,25 @@ def test_captions_are_learned_and_written() -> None:
     for sampling in (Sampling(limit=10), Sampling(limit=10, beams=3), Sampling(limit=10, top_p=0.5)):
         assert system.generate_text(list(some.values()), ["image"], sampling) == captions
     assert system.generate_text([some[3]], ["image"], Sampling(limit=10)) == captions[3:4]
+
+
+@pytest.mark.parametrize("task", ["captioning", "vqa-classes"])
+def test_fine_tuning_begins_with_the_pretrained_weights(task: Any, tmp_path: Path) -> None:
+    """Those that the task does not reach stay as they are."""
+    start = beit3("beit3.trimodal")
+    save_pretrained(start, tmp_path / "model")
+    fake_shards(tmp_path / "shards", list(SAMPLES.values()))
+    (tmp_path / "questions").write_text("".join(json.dumps({
+        "image_id": each.key, "question": "a star", "answers": [(each.caption or "").split()[0]]}) + "\n"
+        for each in SAMPLES.values()))
+    finetune(FinetuneConfig(
+        task, tmp_path / "model", tmp_path / "shards", tmp_path / "out",
+        questions=None if task == "captioning" else tmp_path / "questions",
+        loop=LoopConfig(steps=2, batch_tokens=400, workers=0), optim=OptimConfig(learning_rate=1e-3)))
+    tuned = from_pretrained(tmp_path / "out/model").state_dict()
+    moved = {name.split(".")[0] for name, weight in start.state_dict().items() if not torch.equal(tuned[name], weight)}
+    assert moved == {"embedders", "stack", "heads" if task == "captioning" else "pooler"}
+    assert ("answer_head.0.weight" in tuned) == (task != "captioning")
 
 
 @torch.no_grad()
