@@ -42,8 +42,8 @@ class PretrainConfig(Generic[ModelConfig]):
     """What to train, on what, where to, and how."""
 
     system: tyro.conf.Positional[str]
-    """A system's preset: opt.tiny, opt.small, opt.paper; clip, vilt, albef, blip and coca, each tiny, trimodal or base;
-    dvae.tiny, dvae.base (docs/systems.md)."""
+    """A system's preset: opt.tiny, opt.small, opt.paper; clip, vilt, albef, blip, coca, vlmo, beit3, cots and vilem,
+    each tiny, trimodal or base; dvae.tiny, dvae.base (docs/systems.md)."""
     shards: tuple[str, ...]
     """Folders that `opt extract` wrote, or URLs of such folders (s3://bucket/train, https://...)."""
     out: Path
