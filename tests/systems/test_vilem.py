@@ -241,7 +241,7 @@ def test_an_editor_that_never_learns_must_be_filled() -> None:
     system = made("vilem.tiny", editor_share=0.0)
     assert system.learner is None
     with pytest.raises(UserError, match="--start bert:FOLDER"):
-        system(batch_of(system), EARLY)
+        system.after_step([system(batch_of(system), EARLY).carry], KEPT)
     system.editor.copy.taught.fill_(True)
     output = system(batch_of(system), EARLY)
     system.after_step([output.carry], KEPT)

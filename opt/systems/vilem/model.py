@@ -79,7 +79,7 @@ class ViLEM(TowerSystem):
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Contrast of clean texts; then edits, and each of them judged by parts of the picture or speech and by the
-        whole. Raises UserError where an editor that never learns has not been filled."""
+        whole."""
         seen, vectors = self._each(self.encoders, batch)
         with torch.no_grad():
             kept_seen, kept_vectors = self._each(self.kept, batch)
@@ -94,10 +94,13 @@ class ViLEM(TowerSystem):
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], kept: Tensor) -> None:
         """The twin follows, the ring takes in the twin's vectors, the temperature stays in its range; the editor is
-        what has learned to edit, and from then on that learning is over, nothing moves it."""
+        what has learned to edit, and from then on that learning is over, nothing moves it. Raises UserError after the
+        first step by an editor that never learns and has not been filled."""
         self.twin.update(self.encoders, kept)
         if self.learner is not None:
             self.editor.update(self.learner, kept & carries[0]["learning"])
+        elif self.config.edits != "none":
+            self._require_filled()
         self.contrast.after_step(carries, kept)
 
     def encode(self, modality: str, batch: Batch) -> States:
@@ -178,9 +181,7 @@ class ViLEM(TowerSystem):
         learns: to say what stood there."""
         place, view = batch.targets["edit"], batch.views["masked"]
         terms: dict[str, Term] = {}
-        if self.learner is None:
-            self._require_filled()
-        else:
+        if self.learner is not None:
             own_MV = self.learner(batch.text, view, place.index) if learning else self.learner.idle(place.index.device)
             terms["edit"] = token_cross_entropy(own_MV, place.label[: len(own_MV)], batch.counts["edit"])
         logits_MV = own_MV if learning else self.editor(batch.text, view, place.index)
