@@ -186,7 +186,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 @torch.no_grad()
 def test_pictures_do_not_see_the_captions_that_are_written_from_them() -> None:
-    system = beit3(tuning=Tuning("captioning", given=("image", "audio")))
+    system = beit3(tuning=Tuning("captioning", given=("audio", "image")), stage=Stage(data=("text",)))
     batch = batch_of(system, SAMPLES)
     view = batch.views["encoder"]
     assert {names for _, names in sequences(batch)} == {("image", "audio", "text")}

@@ -56,9 +56,14 @@ class Rows(MultiwayRows):
         super().__init__(config, tokenizer, speech_width, modalities)
         self.speech_codes = speech_codes
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Modalities that the stage shows."""
+        return tuple(name for name in self.modalities if name in self.config.stage.data)
+
     def cost(self, lengths: Lengths) -> np.ndarray:
         """Tokens of each modality by itself, hidden and whole, and of all of them side by side."""
-        sizes = {name: size for name, size in self.sizes(lengths).items() if name in self.config.stage.data}
+        sizes = {name: size for name, size in self.sizes(lengths).items() if name in self.shown}
         alone, several = sum(sizes.values()), sum(size > 0 for size in sizes.values()) > 1
         masked = (1 + several) * ("masked" in self.config.asks)
         return np.maximum((masked + ("contrast" in self.config.asks)) * alone, 1)
@@ -76,15 +81,15 @@ class Rows(MultiwayRows):
             if not row.parts:
                 packer.sequence("encoder", [packer.text(np.array([self.tokenizer.cls]))])
             rows.append(row)
-        pairs, targets = alignment_pairs(rows), self._targets(found)
+        names = [FUSED * fused + name for name in self.modalities for fused in range(2)]
+        pairs, targets = alignment_pairs(rows), {name: _joined(found[name]) for name in names}
         counts = {name: len(each) for name, each in pairs.items()}
         counts |= {name: len(target.index) for name, target in targets.items()}
         return packer.batch([row.sample.key for row in rows], targets, pairs, counts)
 
     def _row(self, packer: Packer, sample: Sample, rng: np.random.Generator) -> TowerRow:
-        """What the stage shows of a sample, of several pictures the first; no sequences yet."""
-        shown = [name for name in self.modalities if name in self.config.stage.data]
-        tables, ids = self.tables(packer, sample, shown, rng, pictures=1)
+        """What is shown of a sample, of several pictures the first; no sequences yet."""
+        tables, ids = self.tables(packer, sample, self.shown, rng, pictures=1)
         return TowerRow(sample, ids, {name: part for name, (part,) in tables.items()}, {}, rng)
 
     def _hide_all(self, packer: Packer, row: TowerRow, found: Found) -> None:
@@ -131,15 +136,6 @@ class Rows(MultiwayRows):
         where = corrupt.positions(len(part), self.config.speech_rate, row.rng, self.config.frame_span)
         return packer.hide_frames(part, where), where, codes[where].astype(np.int64)
 
-    def _targets(self, found: Found) -> dict[str, Targets]:
-        """Of each modality by itself and beside others."""
-        targets = {}
-        for name in (FUSED * fused + name for name in self.modalities for fused in range(2)):
-            pieces = found.get(name, [])
-            index, label = ([piece[side] for piece in pieces] or [np.zeros(0, np.int64)] for side in range(2))
-            targets[name] = Targets(torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(label)))
-        return targets
-
 
 class CaptionRows(Rows):
     """The preparer of a model that is tuned for captions: pictures, speech or both whole, and behind them a caption
@@ -147,23 +143,32 @@ class CaptionRows(Rows):
 
     tasks = Tasks(("captioning",), (1.0,))
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The caption and what it is written from."""
+        return ("text", *(name for name in SOURCES if name in self.config.tuning.given))
+
     def cost(self, lengths: Lengths) -> np.ndarray:
         """Tokens of a caption and of what it is written from."""
         sizes = self.sizes(lengths)
-        return np.maximum(sum(sizes[name] for name in ("text", *self.config.tuning.given)), 1)
+        return np.maximum(sum(sizes[name] for name in self.shown), 1)
 
     def __call__(self, samples: dict[int, Sample], plan: BatchPlan) -> Batch:
         """A training batch of samples that have a caption and what it is written from."""
-        packer, found = self.packer(), []
+        packer, found = self.packer(), list[tuple[np.ndarray, np.ndarray]]()
         for number, key in zip(plan.sample.tolist(), plan.key, strict=True):
             row = self._row(packer, samples[number], corrupt.row_generator(int(key)))
             words = np.append(row.ids, self.tokenizer.sep)
             where = corrupt.positions(len(words), self.config.caption_rate, row.rng)
             shown = corrupt.words(words[where], self.tokenizer.mask, self.tokenizer.ordinary, row.rng)
-            given = [each for name in SOURCES if name in self.config.tuning.given
-                     for each in (packer.first(TABLE[name]), row.parts[name])]
+            given = [each for name in self.shown[1:] for each in (packer.first(TABLE[name]), row.parts[name])]
             place = packer.sequence("encoder", [*given, packer.replace_text(row.parts["text"], 1 + where, shown)])
             found.append((place.start + place.length - len(words) + where, words[where]))
-        index, label = (torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
-        keys = [samples[number].key for number in plan.sample.tolist()]
-        return packer.batch(keys, {"caption": Targets(index, label)}, {}, {"caption": len(index)})
+        target, keys = _joined(found), [samples[number].key for number in plan.sample.tolist()]
+        return packer.batch(keys, {"caption": target}, {}, {"caption": len(target.index)})
+
+
+def _joined(pieces: list[tuple[np.ndarray, np.ndarray]]) -> Targets:
+    """Tokens, and what they are, of all pieces."""
+    index, label = ([piece[side] for piece in pieces] or [np.zeros(0, np.int64)] for side in range(2))
+    return Targets(torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(label)))
