@@ -129,7 +129,8 @@ def read_samples(
                 failed[number] = "; ".join(failure.reason.partition(": ")[2] for failure in failures)
             elif record.narrations:
                 told = record.narrations[0]
-                samples[number] = Sample(record.key, record.pictures, 0, told.narration_id, told.caption, told.speech)
+                samples[number] = Sample(record.key, record.pictures, 0, told.narration_id, told.caption, told.speech,
+                                         speech_codes=told.codes)
             else:
                 samples[number] = Sample(record.key, record.pictures)
             bar.advance()

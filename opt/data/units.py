@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tyro.conf import Positional
 
-from opt.config import UserError
+from opt.config import UserError, extra
 from opt.data.claim import claim
 from opt.data.derive import More, Part, Piece, copy_parts
 from opt.data.manifest import Manifest
@@ -119,8 +119,8 @@ def fit(frames_nD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError as error:
-        raise UserError("fitting centroids needs scikit-learn, which is not installed: pip install scikit-learn; "
-                        "--centroids takes those of another folder") from error
+        raise UserError(f"fitting centroids needs scikit-learn, which is not installed: {extra('units')}; --centroids "
+                        "takes those of another folder") from error
     found = MiniBatchKMeans(clusters, batch_size=BATCH, n_init=5, reassignment_ratio=0.0,
                             random_state=seed).fit(frames_nD)
     return np.ascontiguousarray(found.cluster_centers_, np.float32)

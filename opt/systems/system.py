@@ -280,4 +280,5 @@ def compose(text: Sample | None = None, image: Sample | None = None, audio: Samp
         caption=text.caption if text else None,
         pictures=image.pictures if image else (),
         speech=audio.speech if audio else None,
+        speech_codes=audio.speech_codes if audio else None,
     )
