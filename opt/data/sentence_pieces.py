@@ -91,7 +91,7 @@ def build(model: Model) -> Tokenizer:
 
 
 def _scored(pieces: list[tuple[str, float, int]]) -> Iterator[tuple[str, float]]:
-    """Pieces of the vocabulary. What a user named goes before all else, as SentencePiece scores it."""
+    """Pieces of the vocabulary. What a user named has the best score, by its bytes, as in SentencePiece."""
     best = max((score for _, score, kind in pieces if kind == NORMAL), default=0.0)
     for number, (text, score, kind) in enumerate(pieces, start=len(FIRST)):
         if kind not in (NORMAL, USER_DEFINED) or text in (PAD, MASK):
