@@ -23,6 +23,7 @@ from opt.objectives.term import loss
 from opt.recipe import LoopConfig, OptimConfig, Stage
 from opt.systems.beit3 import BEiT3, BEiT3Config, base
 from opt.systems.beit3.infill import InfillWriter
+from opt.systems.beit3.model import switches
 from opt.systems.beit3.rows import TOGETHER
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress, build
@@ -195,6 +196,10 @@ def test_pictures_do_not_see_the_captions_that_are_written_from_them() -> None:
     others = dataclasses.replace(batch, text=dataclasses.replace(batch.text, ids=batch.text.ids.flip(0)))
     changed = system.stack(system.entries(others, view), view, prefix(writes, view.layout))
     assert torch.equal(states[~writes], changed[~writes]) and not torch.isclose(states, changed)[writes].all()
+    target = batch.targets["caption"]
+    expected = torch.nn.functional.cross_entropy(system.heads["text"](states[target.index]), target.label,
+                                                 label_smoothing=0.1)
+    torch.testing.assert_close(system(batch, EARLY).terms["caption"].mean(), expected)
 
 
 def test_captions_hide_words_and_their_end() -> None:
@@ -335,3 +340,4 @@ def test_base_is_as_large_as_the_published_model() -> None:
     count = sum(parameter.numel() for part in parts for parameter in part.parameters())
     assert round((count + (64_010 - tokenizer().size) * 768) / 1e6) == 222
     assert base().model.stage.objectives == ("masked",) and base().model.sight.grid == 14
+    assert ["fused" in switch.feed.values() for switch in switches(base().model)] == [False] * 9 + [True] * 3
