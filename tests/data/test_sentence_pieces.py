@@ -164,8 +164,8 @@ def test_words_of_several_pieces(tmp_path: Path) -> None:
 
 def test_pieces_that_are_not_from_text_keep_their_ids(tmp_path: Path) -> None:
     """Control and unused pieces, and names that XLM-R has elsewhere; what a user named is scored by its length."""
-    pieces = [*FIRST, ("<pad>", 0.0, 3), ("<mask>", 0.0, 4), ("re", 0.0, 5), ("xy", 0.0, 4), ("▁as", 0.0, 4), *PIECES[:7],
-              *PIECES[8:]]
+    pieces = [*FIRST, ("<pad>", 0.0, 3), ("<mask>", 0.0, 4), ("re", 0.0, 5), ("xy", 0.0, 4), ("▁as", 0.0, 4),
+              *PIECES[:7], *PIECES[8:]]
     tokenizer = Tokenizer.from_sentence_pieces(model_file(tmp_path, pieces))
     assert tokenizer.size == len(pieces) + 2 and (tokenizer.pad, tokenizer.mask) == (1, len(pieces) + 1)
     found = names(tokenizer, "re axys [unused 5]")
