@@ -88,6 +88,10 @@ def measure(task: Task) -> Findings:
     worst: list[dict[str, Any]] = []
     for context in CONTEXTS:
         numbers = split.with_all(("text", context))
+        ask = partial(system.wrong_words, modalities=(context,))
+        if refused := task.refusal(ask, int(numbers[0])) if len(numbers) else "":
+            absent |= {f"proofread.{context}.{name}": refused for name in NAMES}
+            continue
         edits = task.batches(numbers, lambda samples: system.edited_captions(samples, task.provenance.seed),
                              f"edit captions with a {NOUNS[context]}") if len(numbers) else []
         kept = [(int(number), edit) for number, edit in zip(numbers, edits, strict=True) if edit is not None]
