@@ -63,8 +63,9 @@ class PretrainConfig(Generic[ModelConfig]):
     """model:FOLDER begins with the weights and the words of a saved model of the same system (a run's model folder).
     bert:FOLDER begins the text network with the weights and the vocabulary of a BERT: a folder as Hugging Face saves
     it, with config.json, model.safetensors or pytorch_model.bin, and vocab.txt; vit:PLACE the pictures' tower with the
-    weights of a ViT or DeiT; both may be given. Sizes must be the model's (opt.paper fits bert-base, cased and
-    uncased): a mismatch is answered with the --model options to give. Without --start all weights are new."""
+    weights of a ViT or DeiT, for vlmo also of a BEiT; both may be given. Sizes must be the model's (opt.paper fits
+    bert-base, cased and uncased): a mismatch is answered with the --model options to give. Without --start all weights
+    are new."""
     vocabulary: Path | None = None
     """A vocab.txt to read words from; without it (and without --start) WordPiece is trained on the captions of the
     shards. Cased or lower-cased by the tokenizer_config.json beside it, else cased when it holds upper-case letters."""

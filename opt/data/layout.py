@@ -48,8 +48,8 @@ class AttentionLayout:
     inverse (N,) int64: where each query token lies among the P dense ones.
     pairs: queries x keys, summed over sequences: what attention cannot do without.
     padded: queries computed, padding included.
-    order (N,) int64: the token of the sequences that lies at each place, where tokens lie in another order (`sorted_by`);
-    place (N,) its inverse. None: they lie as the sequences do.
+    order (N,) int64: the token of the sequences that lies at each place, where tokens lie in another order
+    (`sorted_by`); place (N,) its inverse. None: they lie as the sequences do.
     """
 
     query_borders: Tensor

@@ -32,8 +32,8 @@ Bias = Callable[[int], list[Tensor]]
 class RelativePositions(nn.Module):
     """A learned bias for each head and layer (VLMo's code, section 5.1 of our notes).
 
-    Two patches have a row of the table by how many rows and columns they are apart, the class token three of its own;
-    two words, or two frames, by their distance; tokens of different modalities one for each pair of them. The table
+    Two patches have a row of the table by how many rows and columns they are apart, two words, or two frames, by their
+    distance; a modality's first token three of its own; tokens of different modalities one for each pair. The table
     lies in pieces, one a modality and one "across": a stage of training may teach words their order and leave what
     pictures know as it is. text, frames: how many places they have; frames 0: nothing is heard.
     """
@@ -45,13 +45,14 @@ class RelativePositions(nn.Module):
         self.heads, self.starts = heads, {"text": 0, "image": text, "audio": text + 1 + grid**2}
         pair, rows = _pairs(grid, text, frames)
         self.register_buffer("pair", pair, persistent=False)
+        self.pieces = tuple(rows)  # in the order of their rows, which a ParameterDict does not keep
         self.table = nn.ParameterDict({name: torch.zeros(count, layers * heads) for name, count in rows.items()})
 
     def forward(self, view: View) -> Bias:
         """Of the sequences of a view, whose parts lie whole in them, one of each modality. What sequences of the same
         parts have in common is looked up once."""
         pairs = [self._pairs_of(view, bucket) for bucket in view.layout.buckets]
-        table_RX = torch.cat(list(self.table.values()))
+        table_RX = torch.cat([self.table[name] for name in self.pieces])
 
         def bias(layer: int) -> list[Tensor]:
             table_RH = table_RX[:, layer * self.heads : (layer + 1) * self.heads]
@@ -90,13 +91,12 @@ def _pairs(grid: int, text: int, frames: int) -> tuple[Tensor, dict[str, int]]:
     """Row of the whole table for each query's and key's place (P, P) int64, and how many rows each piece has."""
     square = (2 * grid - 1) ** 2
     patch = torch.arange(grid**2)
-    across = (patch[:, None] // grid - patch // grid + grid - 1) * (2 * grid - 1) + (
+    apart = (patch[:, None] // grid - patch // grid + grid - 1) * (2 * grid - 1) + (
         patch[:, None] % grid - patch % grid + grid - 1)
-    image = F.pad(across, (1, 0, 1, 0), value=square)  # the class token looks at patches
-    image[1:, 0], image[0, 0] = square + 1, square + 2
-    blocks, sizes = {"text": _distances(text), "image": image}, {"image": square + 3, "text": 2 * text - 1}
+    blocks = {"text": _behind_first(_distances(text - 1), 2 * text - 3), "image": _behind_first(apart, square)}
+    sizes = {"image": square + 3, "text": 2 * text}
     if frames:
-        blocks["audio"], sizes["audio"] = _distances(1 + frames), 2 * frames + 1
+        blocks["audio"], sizes["audio"] = _behind_first(_distances(frames), 2 * frames - 1), 2 * frames + 2
     sizes["across"] = len(blocks) * (len(blocks) - 1)
     first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     pair = torch.block_diag(*(block + first[name] for name, block in blocks.items()))
@@ -110,6 +110,13 @@ def _pairs(grid: int, text: int, frames: int) -> tuple[Tensor, dict[str, int]]:
 def _distances(length: int) -> Tensor:
     place = torch.arange(length)
     return place[:, None] - place + length - 1
+
+
+def _behind_first(rows: Tensor, count: int) -> Tensor:
+    """Rows of the tokens behind a first one, whose three stand behind their `count`: as a query, as a key, as both."""
+    pair = F.pad(rows, (1, 0, 1, 0), value=count)
+    pair[1:, 0], pair[0, 0] = count + 1, count + 2
+    return pair
 
 
 def prefix(writes_N: Tensor, layout: AttentionLayout) -> Bias:
@@ -135,7 +142,7 @@ def dense(value_N: Tensor, layout: AttentionLayout) -> list[Tensor]:
 
 
 def resized(table_RX: Any, old: int, new: int) -> Tensor:
-    """The (2 old - 1)^2 rows for patches of a relative table, bilinearly on the grid of another size."""
+    """The (2 old - 1)^2 rows for patches of a relative table, bicubically on the grid of another size."""
     square = torch.as_tensor(table_RX).T.unflatten(1, (2 * old - 1, 2 * old - 1))[None]
     grown = F.interpolate(square, size=(2 * new - 1, 2 * new - 1), mode="bicubic", align_corners=True)
     return grown[0].flatten(1).T

@@ -151,7 +151,7 @@ def test_relative_positions_are_looked_up_for_each_pair_of_tokens() -> None:
     relative = RelativePositions(grid, texts, frames, HEADS, 2)
     for piece in relative.table.values():
         torch.nn.init.normal_(piece)
-    table_RX = torch.cat(list(relative.table.values()))
+    table_RX = torch.cat([relative.table[name] for name in ("image", "text", "audio", "across")])
     made, (entries, view) = stack(), sequences()
     bias = relative(view)
     found = made(entries, view, relative(view))
@@ -173,17 +173,16 @@ def test_relative_positions_are_looked_up_for_each_pair_of_tokens() -> None:
 def _row(query: str, key: str, at: int, other: int, grid: int, texts: int, frames: int) -> int:
     square = (2 * grid - 1) ** 2
     words = square + 3
-    heard = words + 2 * texts - 1
-    crossed = heard + 2 * frames + 1
+    heard = words + 2 * texts
+    crossed = heard + 2 * frames + 2
     if query != key:
         names = ["text", "image", "audio"]
         return crossed + [(a, b) for a in names for b in names if a != b].index((query, key))
-    if query == "text":
-        return words + at - other + texts - 1
-    if query == "audio":
-        return heard + at - other + frames
+    begin, count = {"text": (words, 2 * texts - 3), "audio": (heard, 2 * frames - 1), "image": (0, square)}[query]
     if at == 0 or other == 0:
-        return square + (2 if at == other else 0 if at == 0 else 1)
+        return begin + count + (2 if at == other else 0 if at == 0 else 1)
+    if query != "image":
+        return begin + at - other + count // 2
     rows = (at - 1) // grid - (other - 1) // grid + grid - 1
     columns = (at - 1) % grid - (other - 1) % grid + grid - 1
     return rows * (2 * grid - 1) + columns
