@@ -10,8 +10,8 @@ Every variant of `vlmo.tiny` has the same CPU time in all, which its stages shar
     without-experts    staged, one feed-forward for all modalities
     without-contrast, without-match, without-mlm    staged, one objective less in the last stage
 
-Judged on held-out scenes: `r1`, `r10` recall at 1 and 10 of 1,000 by vectors of the dual encoder, each way; `dual` and `fusion`:
-recall at 1 and CPU-seconds of the same retrieval of 200 scenes, by vectors and by matching every pair.
+Judged on held-out scenes: `r1`, `r10` recall at 1 and 10 of 1,000 by vectors of the dual encoder, each way; `dual` and
+`fusion`: recall at 1 and CPU-seconds of the same retrieval of 200 scenes, by vectors and by matching every pair.
 Prints one JSON line, the same as OUT/vlmo.json.
 """
 
