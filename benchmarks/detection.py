@@ -1,7 +1,7 @@
 """Objects of spoken scenes found by boxes: a pretrained BEiT-3 as a detector's backbone, against the same from nothing.
 
     python benchmarks/detection.py --model runs/systems/runs/beit3.tiny-0-5min/model --scenes runs/systems/scenes
-        [--minutes 3] [--size 128] [--train 2000] [--test 300]
+        [--minutes 3] [--size 64] [--train 2000] [--test 300]
 
 Both are torchvision's Faster R-CNN over a feature pyramid (opt/nn/pyramid.py), one thread and so many minutes of CPU
 time each: the pretrained one is timed, and the other takes as many steps. Classes are the shapes. Box AP as COCO counts
@@ -41,8 +41,9 @@ from pretrain.optim import learning_rate
 
 KINDS = tuple(SHAPES)
 BATCH, MEASURED = 8, 4
-STRIDES = (4, 8, 16)
-ANCHORS = ((12,), (24,), (48,))
+STRIDES = (4, 8)
+ANCHORS = (0.12, 0.2)
+"""Sides of the boxes that the maps propose, over the side of a picture."""
 RATES = OptimConfig(learning_rate=1e-3)
 CLIP = 1.0
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--scenes", type=Path, required=True, help="what `opt scenes` wrote, with a test part")
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--test", type=int, default=300)
     given = parser.parse_args()
@@ -81,7 +82,8 @@ def detector(system: BEiT3, size: int) -> FasterRCNN:
         parameter.requires_grad_()
     return FasterRCNN(
         backbone, 1 + len(KINDS), min_size=size, max_size=2 * size, image_mean=[0.0] * 3, image_std=[1.0] * 3,
-        rpn_anchor_generator=AnchorGenerator(ANCHORS, ((1.0,),) * len(ANCHORS)),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((round(share * size),) for share in ANCHORS), ((1.0,),) * len(ANCHORS)),
         rpn_pre_nms_top_n_train=300, rpn_pre_nms_top_n_test=150, rpn_post_nms_top_n_train=100,
         rpn_post_nms_top_n_test=50, rpn_batch_size_per_image=64,
         box_roi_pool=MultiScaleRoIAlign([str(number) for number in range(len(STRIDES))], 5, 2),
