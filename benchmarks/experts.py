@@ -5,10 +5,10 @@
 Authors (arXiv 2111.02358, and its code): sequences of the same modalities form a tensor; in it each modality is filled
 up to its longest of the batch, cut off at a fixed place and run by its own expert; attention masks what is filled up.
 Packed (opt/nn/multiway.py): all sequences end to end, each expert once over all of its tokens, attention by buckets of
-like length. Both with relative positions, which all sequences of an authors' tensor share. A mixed batch: captions of 8
-to 40 words, pictures of 64 patches, recordings of 30 to 200 frames; alone, in pairs, all three together. Forward and
-backward on one thread, in seconds of the CPU.
-Prints one JSON line: `ratio` = authors' seconds / packed seconds, after both were found to say the same.
+like length. A mixed batch: captions of 8 to 40 words, pictures of 64 patches, recordings of 30 to 200 frames; alone, in
+pairs, all three together. Forward and backward on one thread, in seconds of the CPU.
+Prints one JSON line: `ratio` = authors' seconds / packed seconds with relative positions, which all sequences of an
+authors' tensor share, and `ratio_absolute` without, after both ways were found to say the same.
 
 Shape legend: N packed tokens, b sequences of a group, L their padded length, H heads, D width.
 """
@@ -36,6 +36,7 @@ from opt.nn.states import States, side_by_side
 from opt.systems.shared.multiway import TABLE
 from opt.systems.vlmo import trimodal
 
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 CONFIG = trimodal().model
 ORDER = ("text", "image", "audio")
 GROUPS = {("text",): 8, ("image",): 8, ("audio",): 4, ("text", "image"): 16, ("text", "audio"): 8,
@@ -72,33 +73,31 @@ def main() -> None:
     hidden_ND, view = _packed(parts)
     groups = _groups(parts)
 
-    with torch.no_grad():
-        packed = stack(hidden_ND, view, positions(view))
-        authors = torch.cat([_authors(stack, positions, group)[group.valid] for group in groups])
-    torch.testing.assert_close(packed, authors, rtol=1e-4, atol=1e-4)
-
-    bfloat16 = torch.cpu._is_avx512_bf16_supported()
-    ways: dict[str, Callable[[], Tensor]] = {
-        "packed": lambda: stack(hidden_ND, view, positions(view)),
-        "authors": lambda: torch.cat([_authors(stack, positions, group)[group.valid] for group in groups]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions + 2):  # the first two warm up
-        for name, way in ways.items():
-            seconds[name].append(_step(way, stack, positions, bfloat16))
-    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    seconds: dict[str, list[float]] = {}
+    for name, each in (("", positions), ("_absolute", None)):
+        ways: dict[str, Callable[[], Tensor]] = {
+            f"packed{name}": lambda at=each: stack(hidden_ND, view, None if at is None else at(view)),
+            f"authors{name}": lambda at=each: torch.cat([_authors(stack, at, group)[group.valid] for group in groups]),
+        }
+        with torch.no_grad():
+            torch.testing.assert_close(*(way() for way in ways.values()), rtol=1e-4, atol=1e-4)
+        for _ in range(repetitions + 2):  # the first two warm up
+            for way, run in ways.items():
+                seconds.setdefault(way, []).append(_step(run, stack, positions))
+    medians = {way: statistics.median(values[2:]) for way, values in seconds.items()}
     padded = sum(group.valid.numel() for group in groups)
     print(json.dumps({
-        "ratio": round(medians["authors"] / medians["packed"], 3),
-        **{f"{name}_seconds": round(value, 4) for name, value in medians.items()},
+        **{f"ratio{name}": round(medians[f"authors{name}"] / medians[f"packed{name}"], 3)
+           for name in ("", "_absolute")},
+        **{f"{way}_seconds": round(value, 4) for way, value in medians.items()},
         "tokens": len(hidden_ND), "authors_padding_share": round(1 - len(hidden_ND) / padded, 3),
-        "attention_padding_share": round(1 - len(hidden_ND) / view.layout.padded, 3), "bfloat16": bfloat16,
+        "attention_padding_share": round(1 - len(hidden_ND) / view.layout.padded, 3), "bfloat16": BFLOAT16,
     }))
 
 
-def _step(way: Callable[[], Tensor], stack: nn.Module, positions: nn.Module, bfloat16: bool) -> float:
+def _step(way: Callable[[], Tensor], stack: nn.Module, positions: nn.Module) -> float:
     began = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         states_ND = way()
     states_ND.float().square().mean().backward()
     spent = time.process_time() - began
@@ -140,21 +139,21 @@ def _groups(parts: dict[tuple[str, ...], dict[str, list[Tensor]]]) -> list[Group
     return groups
 
 
-def _authors(stack: MultiwayStack, positions: RelativePositions, group: Group) -> Tensor:
+def _authors(stack: MultiwayStack, positions: RelativePositions | None, group: Group) -> Tensor:
     """(b, L, D): states of a group, its modalities cut apart for their experts in lower layers."""
     hidden_bLD, fused = group.hidden, "fused " if len(group.spans) > 1 else ""
-    bias = positions(group.whole)
+    bias = None if positions is None else positions(group.whole)
     for number, each in enumerate(stack.blocks):
-        block, (bias_1HLL,) = cast(MultiwayBlock, each), bias(number)
-        attended_bLD = _attend(block, _of(block.self_norm, "text")(hidden_bLD), bias_1HLL, group.valid)
-        hidden_bLD = hidden_bLD + block.self_scale * attended_bLD
+        block, added = cast(MultiwayBlock, each), None if bias is None else bias(number)[0]
+        attended_bLD = _attend(block, _of(block.self_norm, "text")(hidden_bLD), added, group.valid)
+        hidden_bLD = block.attended(hidden_bLD, attended_bLD)
         experts = {name: block.feed_forward.serves[fused + name] for name in group.spans}
         if len(set(experts.values())) == 1:
             change_bLD = _feed(block, fused + next(iter(experts)), hidden_bLD)
         else:
             change_bLD = torch.cat([_feed(block, fused + name, hidden_bLD[:, span])
                                     for name, span in group.spans.items()], 1)
-        hidden_bLD = hidden_bLD + block.feed_scale * change_bLD
+        hidden_bLD = hidden_bLD + cast(Tensor, block.feed_scale) * change_bLD
     return cast(Tensor, _of(stack.final_norm, "text")(hidden_bLD))
 
 
@@ -162,13 +161,15 @@ def _feed(block: MultiwayBlock, kind: str, hidden_bLD: Tensor) -> Tensor:
     return cast(Tensor, _of(block.feed_forward, kind)(_of(block.feed_norm, kind)(hidden_bLD)))
 
 
-def _attend(block: MultiwayBlock, normed_bLD: Tensor, bias_1HLL: Tensor, valid_bL: Tensor) -> Tensor:
+def _attend(block: MultiwayBlock, normed_bLD: Tensor, bias_1HLL: Tensor | None, valid_bL: Tensor) -> Tensor:
     """Products, a softmax and products, as the authors have it: on CPUs in bfloat16 faster than torch's kernel."""
     attention = block.self_attention
     query, key, value = (
         each.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for each in
         (_of(attention.query, "text")(normed_bLD), *_of(attention.key_value, "text")(normed_bLD).chunk(2, dim=-1)))
-    scores_bHLL = (query * query.shape[-1] ** -0.5) @ key.mT + bias_1HLL.to(query.dtype)
+    scores_bHLL = (query * query.shape[-1] ** -0.5) @ key.mT
+    if bias_1HLL is not None:
+        scores_bHLL = scores_bHLL + bias_1HLL.to(query.dtype)
     scores_bHLL = scores_bHLL.masked_fill(~valid_bL[:, None, None], float("-inf"))
     attended_bLD = (scores_bHLL.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
     return cast(Tensor, _of(attention.output, "text")(attended_bLD))
