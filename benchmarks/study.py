@@ -100,7 +100,7 @@ def carry_out(study: str, runs: list[Run], judge: Judge, workers: int) -> dict[s
     torch.set_num_threads(1)
     measure_steps(runs)
     missing = [run for run in runs if not (run.folder / f"{study}.json").exists()]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:  # each its own memory
         waiting = {pool.submit(_make, study, run, judge): run for run in missing}
         for number, done in enumerate(as_completed(waiting), start=1):
             done.result()
@@ -133,8 +133,15 @@ def measure_steps(runs: list[Run]) -> None:
     path = runs[0].out / "cpu_seconds.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     new = {run.variant: run for run in runs if run.variant not in known and run.minutes}
-    if not new:
-        return
+    if new:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # so much memory is not needed again
+            known |= pool.submit(_measured, runs, new, known).result()
+        write_atomic(path, json.dumps(known).encode())
+
+
+def _measured(runs: list[Run], new: dict[str, Run], known: dict[str, float]) -> dict[str, float]:
+    """CPU-seconds of a step of the new variants."""
+    torch.set_num_threads(1)
     readers = {run.shards("train"): ShardReader(run.shards("train")) for run in runs}
     tokenizer = Tokenizer.train(readers[runs[0].shards("train")].captions(), 2000)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +152,7 @@ def measure_steps(runs: list[Run]) -> None:
         rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(MEASURED_STEPS)]
     seconds = {name: float(np.mean([round[name] for round in rounds[WARM_UP_STEPS:]])) for name in steppers}
     scale = known[anchor.variant] / seconds[anchor.variant] if anchor else 1.0
-    known |= {name: round(seconds[name] * scale, 4) for name in new}
-    write_atomic(path, json.dumps(known).encode())
+    return {name: round(seconds[name] * scale, 4) for name in new}
 
 
 def _steps(run: Run, reader: ShardReader, tokenizer: Tokenizer, folder: Path) -> Iterator[float]:
