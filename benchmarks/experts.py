@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -76,8 +77,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     for name, each in (("", positions), ("_absolute", None)):
         ways: dict[str, Callable[[], Tensor]] = {
-            f"packed{name}": lambda at=each: stack(hidden_ND, view, None if at is None else at(view)),
-            f"authors{name}": lambda at=each: torch.cat([_authors(stack, at, group)[group.valid] for group in groups]),
+            f"packed{name}": partial(_packed_states, stack, each, hidden_ND, view),
+            f"authors{name}": partial(_authors_states, stack, each, groups),
         }
         with torch.no_grad():
             torch.testing.assert_close(*(way() for way in ways.values()), rtol=1e-4, atol=1e-4)
@@ -137,6 +138,14 @@ def _groups(parts: dict[tuple[str, ...], dict[str, list[Tensor]]]) -> list[Group
                                 [TABLE[name] for name in names])
         groups.append(Group(torch.cat(padded, 1), torch.cat(valid, 1), spans, whole))
     return groups
+
+
+def _packed_states(stack: MultiwayStack, positions: RelativePositions | None, hidden_ND: Tensor, view: View) -> Tensor:
+    return cast(Tensor, stack(hidden_ND, view, None if positions is None else positions(view)))
+
+
+def _authors_states(stack: MultiwayStack, positions: RelativePositions | None, groups: list[Group]) -> Tensor:
+    return torch.cat([_authors(stack, positions, group)[group.valid] for group in groups])
 
 
 def _authors(stack: MultiwayStack, positions: RelativePositions | None, group: Group) -> Tensor:
