@@ -65,7 +65,7 @@ def attend(
 
     key_value_M2D: keys beside values. causal: a query sees keys up to its own place; query and key sequences must then
     be the same. bias: added to the scores of each bucket of the layout, (b, H, L, L) or what broadcasts to it; -inf
-    where a query must not look. No kernel takes it, so that it is computed by buckets on every device.
+    where a query must not look, padding included. No kernel takes it, so that it is by buckets on every device.
     """
     if len(query_ND) == 0:  # no sequence in this batch: an empty result that still uses every projection
         return query_ND + key_value_M2D[:0, : query_ND.shape[1]]
@@ -132,7 +132,7 @@ def _attend_dense(
     mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
     if bias is not None:
         assert not causal
-        mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(query_bHLd.dtype)
+        mask = bias.to(query_bHLd.dtype)
     if query_PD.dtype == torch.bfloat16 and query_PD.device.type == "cpu":
         output_bHLd = _attend_by_products(query_bHLd, key_bHLd, value_bHLd, mask, causal)
     else:
