@@ -87,7 +87,7 @@ def _build(descriptions: dict[str, dict[str, Any]], device: str) -> Extractors:
     for settings_type, kind in KINDS.items():
         about = descriptions.get(kind, {})
         if about.get("backend"):
-            settings: Any = configuration.from_dict(settings_type, about["settings"], f"{kind} settings")
+            settings: Any = configuration.from_dict(settings_type, about.get("settings", {}), f"{kind} settings")
             built[kind] = _backend(kind, about["backend"]).load(about["weights"], settings, device)
     return Extractors(**built)
 

@@ -50,7 +50,7 @@ def fake_shards(folder: Path, samples: list[Sample], shard_size: int = 16) -> Sh
             for sample in samples[start : start + shard_size]:
                 seconds = len(sample.speech) / FACTS.frame_rate if sample.speech is not None else 0.0
                 narration = Narration("0", sample.caption, sample.speech, FACTS.frame_rate if seconds else 0.0, seconds,
-                                      sample.speech_codes)
+                                      None if sample.speech is None else sample.speech_codes)
                 told = sample.caption is not None or sample.speech is not None
                 shard.write(Record(sample.key, sample.pictures, (narration,) if told else ()))
     names = [shard_name(number) for number in range(len(shards))]
