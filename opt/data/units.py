@@ -129,7 +129,8 @@ def fit(frames_nD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 def read_centroids(path: Path, manifest: Manifest, folder: Path) -> np.ndarray:
     """Centroids (K, D) float32 of a file that `units` wrote.
 
-    Raises UserError where it is another file, or made from the features of another speech network than `folder` holds.
+    Raises UserError where it is another file, or broken, or made from the features of another speech network than
+    `folder` holds.
     """
     if not path.is_file():
         raise UserError(f"{path} is not there; expected {FILE} of a folder that `opt shards units` wrote")
@@ -141,6 +142,9 @@ def read_centroids(path: Path, manifest: Manifest, folder: Path) -> np.ndarray:
     if centroids_KD.ndim != 2 or centroids_KD.shape[1] != manifest.speech_width:
         raise UserError(f"{path}: centroids of shape {centroids_KD.shape}, the speech of {folder} is "
                         f"{manifest.speech_width} wide; give those made from the same speech network")
+    if not 1 <= len(centroids_KD) <= MOST or not np.isfinite(centroids_KD).all():
+        raise UserError(f"{path} holds {len(centroids_KD):,} centroids; expected from 1 to {MOST:,}, of finite "
+                        "numbers; make them again by `opt shards units`")
     if network != _network(manifest):
         raise UserError(f"{path} was made from features of another speech network, or of another layer or rate, than "
                         f"{folder} holds; give those made from the same")
@@ -192,9 +196,9 @@ def _check_speech(config: UnitsConfig, manifest: Manifest) -> None:
 def _check(config: UnitsConfig) -> None:
     """Raises UserError for values out of range, and for what contradicts --centroids."""
     usual = UnitsConfig(config.folder, config.out)
-    for name, most in (("clusters", MOST), ("frames", 10**8)):
-        if not 1 <= getattr(config, name) <= most:
-            raise UserError(f"--{name} {getattr(config, name)}: must lie in 1 to {most:,}")
+    for name, least, most in (("clusters", 1, MOST), ("frames", 1, 10**8), ("seed", 0, 2**32 - 1)):
+        if not least <= getattr(config, name) <= most:
+            raise UserError(f"--{name} {getattr(config, name)}: must lie in {least} to {most:,}")
     if config.centroids is not None:
         for name in ("clusters", "frames", "seed"):
             if getattr(config, name) != getattr(usual, name):

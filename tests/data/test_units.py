@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from stored_records import CLASSES, CODEBOOK, full_record, noise_jpeg, records_of, same
 
 from opt.config import UserError
@@ -18,7 +20,7 @@ from opt.data.manifest import Origin, shard_name, write_manifest
 from opt.data.record import Narration, Picture, Record
 from opt.data.shards import ShardReader, ShardWriter
 from opt.data.stored import StoredShard
-from opt.data.units import UnitsConfig, draw_frames, fit, nearest, read_centroids, units
+from opt.data.units import FILE, UnitsConfig, draw_frames, fit, nearest, read_centroids, units
 from opt.data.verify import VerifyConfig, verify
 from pretrain.run import facts
 
@@ -193,6 +195,7 @@ def test_what_makes_no_units_is_said_before_anything_is_written(tmp_path: Path) 
         (UnitsConfig(folder, out, centroids=tmp_path / "gone"), "gone is not there"),
         (UnitsConfig(folder, out, centroids=tmp_path / "broken"), "broken holds no centroids"),
         (UnitsConfig(folder, folder), "is the folder that is read"),
+        (UnitsConfig(folder, out, seed=-1), "--seed -1: must lie in 0 to"),
     ]:
         with pytest.raises(UserError, match=message):
             units(config)
@@ -227,3 +230,15 @@ def test_damage_of_the_source_is_named(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="key 'k3' are damaged"):
         units(UnitsConfig(tmp_path / "in", tmp_path / "out", clusters=3))
+
+
+@pytest.mark.parametrize(("rows", "value"), [(0, 0.0), (3, np.nan), (2**15 + 1, 0.0)])
+def test_centroids_that_are_none_are_refused(tmp_path: Path, rows: int, value: float) -> None:
+    folder, made = write(tmp_path / "in", STORED).folder, tmp_path / "centroids.safetensors"
+    units(UnitsConfig(folder, tmp_path / "units", clusters=3))
+    with safe_open(tmp_path / "units" / FILE, "np") as file:
+        about, width = file.metadata(), file.get_tensor("centroids").shape[1]
+    save_file({"centroids": np.full((rows, width), value, np.float32)}, made, about)
+    with pytest.raises(UserError, match=f"holds {rows:,} centroids; expected from 1 to 32,768, of finite numbers"):
+        units(UnitsConfig(folder, tmp_path / "out", centroids=made))
+    assert not (tmp_path / "out").exists()

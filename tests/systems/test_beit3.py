@@ -308,6 +308,12 @@ def test_what_it_cannot_do_is_said() -> None:
         beit3("beit3.tiny", sight=dataclasses.replace(config.sight, patch=16))
     with pytest.raises(UserError, match="'matching'"):
         beit3(stage=Stage(objectives=("matching",)))
+    with pytest.raises(UserError, match="shows nothing of image, text, from which 'masked' learns nothing"):
+        beit3("beit3.tiny", stage=Stage(data=("audio",)))
+    with pytest.raises(UserError, match="shows text of image, text, audio, from which 'contrast' learns nothing"):
+        beit3(stage=Stage(data=("text",), objectives=("contrast",)))
+    with pytest.raises(UserError, match="trains nothing"):
+        beit3(stage=Stage(trains=()))
     beit3("beit3.tiny", facts=dataclasses.replace(FACTS, codebook=0), stage=CONTRAST)
     with pytest.raises(UserError, match="write text from text"):
         beit3().generate_text([sample(0)], ["text"], Sampling())

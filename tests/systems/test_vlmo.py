@@ -308,9 +308,25 @@ def test_what_cannot_be_is_said() -> None:
         dataclasses.replace(tiny().model, fused_layers=5)
     with pytest.raises(UserError, match="trains 'decoder.*', which no parameter is called"):
         vlmo(stage=Stage("mine", trains=("decoder.*",)))
+    with pytest.raises(UserError, match="trains 'word_head.*', which no parameter is called"):  # that is not asked
+        vlmo(stage=Stage("mine", ("image",), ("mim",), ("word_head.*",)))
     with pytest.raises(UserError, match="two modalities or three, not text"):
         vlmo().score(SAMPLES[:1], ["text"])
     assert vlmo(stage=Stage()).config.asks == OBJECTIVES
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"data": ()}, "shows nothing of text, image, from which"),
+    ({"data": ("audio",)}, "shows nothing of text, image, from which"),
+    ({"data": ("smell",)}, "shows 'smell'; there are text, image and audio"),
+    ({"data": ("text",), "objectives": ("mlm", "contrast")}, "shows text of text, image, from which 'contrast' learns"),
+    ({"data": ("image",), "objectives": ("mlm",)}, "from which 'mlm' learns nothing"),
+    ({"data": ("image",), "objectives": ("match", "mim")}, "from which 'match' learns nothing"),
+    ({"trains": ()}, "trains nothing; name patterns"),
+])
+def test_a_stage_that_could_teach_nothing_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(tiny().model, stage=Stage("mine", **changes))
 
 
 def test_states_of_parts_are_kept_for_many_pairs() -> None:

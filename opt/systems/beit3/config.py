@@ -10,10 +10,12 @@ from tyro.conf import Fixed, Suppress
 from opt.data.pixels import Sight
 from opt.recipe import Stage
 from opt.systems.shared.config import Sizes, require
+from opt.systems.shared.stages import Needs, require_stage
 from opt.systems.shared.tuning import Tuning
 
-OBJECTIVES = ("masked", "contrast")
+NEEDS = {"masked": Needs(), "contrast": Needs(least=2)}
 """What a stage may ask for."""
+OBJECTIVES = tuple(NEEDS)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BEiT3Config:
             (rates, "above 0 and at most 1", lambda value: 0 < value <= 1),
             (("caption_smoothing",), "at least 0 and below 1", lambda value: 0 <= value < 1),
         ))
+        require_stage(self.stage, NEEDS, self.reads)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -32,14 +32,14 @@ from opt.nn.states import States, side_by_side
 from opt.nn.writing import write
 from opt.objectives.masked import feature_regression, token_cross_entropy
 from opt.objectives.term import Term
-from opt.systems.beit3.config import OBJECTIVES, BEiT3Config
+from opt.systems.beit3.config import BEiT3Config
 from opt.systems.beit3.infill import InfillWriter
 from opt.systems.beit3.rows import FUSED, SOURCES, CaptionRows, Rows
 from opt.systems.shared.asking import ASKING, asked
 from opt.systems.shared.codes import require_codes
 from opt.systems.shared.multiway import TABLE, MultiwaySystem
 from opt.systems.shared.pairs import contrasts
-from opt.systems.shared.stages import require_objectives, train_only
+from opt.systems.shared.stages import train_only
 from opt.systems.system import DataFacts, Output, Progress
 
 
@@ -156,8 +156,7 @@ class BEiT3(MultiwaySystem):
         return Pyramid(PatchMap(self.config.sight, embedder, self.stack), channels, strides)
 
     def _require(self, config: BEiT3Config, facts: DataFacts) -> None:
-        """Raises UserError for an objective it has not, or targets that the shards have not."""
-        require_objectives(config.stage, OBJECTIVES)
+        """Raises UserError for targets that the shards have not."""
         if config.tuning.task != "pretraining" or "masked" not in config.asks:
             return
         if "image" in config.stage.data:

@@ -1,13 +1,27 @@
-"""Training in stages: which parameters a stage moves."""
+"""Training in stages: which parameters a stage moves, and whether it asks what can be."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from opt.config import UserError
 from opt.recipe import Stage
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must be shown to learn anything: these modalities, and so many."""
+
+    modalities: tuple[str, ...] = ()
+    least: int = 1
+
+    def met(self, shown: Sequence[str]) -> bool:
+        """Whether these modalities are enough."""
+        return len(shown) >= self.least and set(self.modalities) <= set(shown)
 
 
 def train_only(system: nn.Module, stage: Stage) -> None:
@@ -25,7 +39,20 @@ def train_only(system: nn.Module, stage: Stage) -> None:
             parameter.requires_grad_(False)
 
 
-def require_objectives(stage: Stage, known: tuple[str, ...]) -> None:
-    """Raises UserError for an objective that the system has not."""
-    if unknown := [name for name in stage.objectives if name not in known]:
-        raise UserError(f"stage {stage.name!r} asks for {unknown[0]!r}; objectives are {', '.join(known)}")
+def require_stage(stage: Stage, objectives: Mapping[str, Needs], reads: Sequence[str]) -> None:
+    """Raises UserError for a stage that shows, asks or moves nothing, or asks what what it shows cannot teach.
+
+    objectives: those that the system has. reads: its modalities.
+    """
+    if unknown := [name for name in stage.objectives if name not in objectives]:
+        raise UserError(f"stage {stage.name!r} asks for {unknown[0]!r}; objectives are {', '.join(objectives)}")
+    if strange := [name for name in stage.data if name not in ("text", "image", "audio")]:
+        raise UserError(f"stage {stage.name!r} shows {strange[0]!r}; there are text, image and audio")
+    shown = [name for name in reads if name in stage.data]
+    idle = [name for name, needs in objectives.items() if not needs.met(shown)]
+    wanted = [name for name in stage.objectives if name in idle]
+    if wanted or len(idle) == len(objectives):
+        raise UserError(f"stage {stage.name!r} shows {' and '.join(shown) or 'nothing'} of {', '.join(reads)}, from "
+                        f"which {(wanted or idle)[0]!r} learns nothing; name other data or objectives")
+    if not stage.trains:
+        raise UserError(f"stage {stage.name!r} trains nothing; name patterns of parameters, or * for all")

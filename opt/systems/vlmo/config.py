@@ -11,11 +11,12 @@ from opt.data.pixels import Sight
 from opt.nn.multiway import KINDS, Switch
 from opt.recipe import Stage
 from opt.systems.shared.config import Sizes, require
-from opt.systems.shared.stages import require_objectives
+from opt.systems.shared.stages import Needs, require_stage
 from opt.systems.shared.tuning import Tuning
 
 CONTRAST, MATCH, WORDS, PATCHES = OBJECTIVES = ("contrast", "match", "mlm", "mim")
 """Pictures, texts and recordings each by itself; texts beside pictures and recordings; hidden words; hidden patches."""
+NEEDS = {CONTRAST: Needs(least=2), MATCH: Needs(("text",), 2), WORDS: Needs(("text",)), PATCHES: Needs(("image",))}
 
 VISION = Stage("vision", ("image",), (PATCHES,), ("*.image*", "stack.*_scale", "*.shared.*", "code_head.*"), 0.25)
 """Attention learns here, with the expert of pictures."""
@@ -70,10 +71,10 @@ class VLMoConfig:
             (("fused_layers",), f"from 1 to {self.encoder.layers}, the layers there are",
              lambda value: 1 <= value <= self.encoder.layers),
             (("norm_epsilon", "layer_scale"), "above 0", lambda value: value > 0),
-            (("token_rate", "patch_rate"), "from 0 to 1", lambda value: 0 <= value <= 1),
+            (("token_rate", "patch_rate"), "above 0 and at most 1", lambda value: 0 < value <= 1),
             (("mlm_weight",), "at least 0", lambda value: value >= 0),
         ))
-        require_objectives(self.stage, OBJECTIVES)
+        require_stage(self.stage, NEEDS, self.reads)
 
     @property
     def asks(self) -> tuple[str, ...]:

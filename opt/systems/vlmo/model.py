@@ -104,10 +104,8 @@ class VLMo(MultiwaySystem):
         return nn.ModuleDict(embedders)
 
     def _begin_stage(self) -> None:
-        """What the stage does not train, and heads that none of its objectives asks, stay as they are."""
+        """Heads that none of the objectives asks, and what the stage does not train, stay as they are."""
         config, image = self.config, self.embedders["image"]
-        if config.tuning.task == "pretraining":
-            train_only(self, config.stage)
         assert isinstance(image, PatchEmbedder)
         heads = {CONTRAST: (self.spaces,), MATCH: (self.match_head,), WORDS: (self.word_head,),
                  PATCHES: (self.code_head, image.mask)}
@@ -116,6 +114,8 @@ class VLMo(MultiwaySystem):
             idle.append(self.pooler)
         for head in idle:
             head.requires_grad_(False)
+        if config.tuning.task == "pretraining":
+            train_only(self, config.stage)
 
     def preparer(self) -> Any:
         """Samples -> sequences of the stage: `Rows`, or questions, where it is tuned for them."""
