@@ -128,6 +128,9 @@ def run(config: PretrainConfig, device: torch.device) -> None:
     held_out = _held_out(config, reader, cache)
     start = find_start(config.start, config.vocabulary, config.out) if config.start else None
     system = _system(config, reader, start, device)
+    if (system.preparer().cost(reader.lengths) <= 1).all():  # of what shows anything, the first entry comes on top
+        raise UserError(f"{reader.place} holds nothing that {config.system} reads in this stage: no captions, pictures "
+                        "or speech that it is shown; give other --shards")
     if start is not None:
         say(f"begins with {start.fill(system)}")
     kinds = "+".join(source.partition(":")[0] for source in config.start)

@@ -10,16 +10,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from opt.config import UserError
 from opt.data.corpora import open_shards
 from opt.data.remote import Cache
+from opt.data.shards import ShardReader
 from opt.data.tokenizer import Tokenizer
+from opt.files import make_folder
 from opt.recipe import Stage
 from opt.systems.system import load, names, presets, system_module
 from pretrain.parallel import of_first, processes, say
 from pretrain.run import PretrainConfig, require, run
+from pretrain.state import newest_state
 
 ModelConfig = TypeVar("ModelConfig")
 WORDS = "words"
@@ -48,13 +52,18 @@ def stages(config: StagesConfig) -> None:
     """
     require(config)
     listed, shards = ordered(config), shards_of(config)
-    with processes() as device:
+    outs = [config.out / f"{number}-{stage.name}" for number, stage in enumerate(listed, 1)]
+    _require_own(config.out, outs)
+    with processes() as device, TemporaryDirectory() as scratch:
+        cache = Cache(config.cache.expanduser(), config.cache_gigabytes)
+        places = dict.fromkeys(shards.get(stage.name, config.shards) for stage in listed)
+        readers = [open_shards(each, cache) for each in places]  # all: the last are asked for after days
         vocabulary = config.vocabulary
         if vocabulary is None and not config.start:
-            vocabulary = of_first(lambda: _words(config, [shards.get(stage.name, config.shards) for stage in listed]))
+            words = Path(scratch) if config.dry_run and not _began(outs[0]) else config.out / WORDS
+            vocabulary = of_first(lambda: _words(config, readers, words, _began(outs[0])))
         start = config.start
-        for number, stage in enumerate(listed, 1):
-            out = config.out / f"{number}-{stage.name}"
+        for number, (stage, out) in enumerate(zip(listed, outs, strict=True), 1):
             steps = max(round(config.loop.steps * stage.share / sum(each.share for each in listed)), 1)
             say(f"stage {number} of {len(listed)}, {stage.name}: {steps:,} steps in {out}")
             run(dataclasses.replace(
@@ -94,12 +103,27 @@ def shards_of(config: StagesConfig) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _words(config: StagesConfig, shards: list[tuple[str, ...]]) -> Path:
-    """Words trained once on the captions of all stages: the first stage may have none, and all must have the same."""
-    path = config.out / WORDS / "tokenizer.json"
-    if not path.exists():
-        cache = Cache(config.cache.expanduser(), config.cache_gigabytes)
-        captions = (caption for places in dict.fromkeys(shards) for caption in open_shards(places, cache).captions())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Tokenizer.train(captions, config.vocabulary_size).save(path.parent)
-    return path
+def _require_own(out: Path, outs: list[Path]) -> None:
+    """Raises UserError where another order of stages was begun in `out`: one would begin with a model of the other."""
+    other = [path.name for path in sorted(out.glob("*-*")) if path not in outs and _began(path)]
+    if other:
+        raise UserError(f"{out} holds the stage {other[0]}, and this order is {', '.join(each.name for each in outs)}; "
+                        "give the order that it was begun with, or another --out")
+
+
+def _began(out: Path) -> bool:
+    """Whether a stage has saved a state."""
+    return newest_state(out / "checkpoints") is not None
+
+
+def _words(config: StagesConfig, readers: list[ShardReader], folder: Path, began: bool) -> Path:
+    """Words trained once on the captions of all stages: the first stage may have none, and all must have the same.
+
+    began: the first stage has them. Until then they are made anew, as shards and settings may be others.
+    """
+    if not began:
+        captions = (caption for reader in readers for caption in reader.captions())
+        tokenizer = Tokenizer.train(captions, config.vocabulary_size)
+        make_folder(folder)
+        tokenizer.save(folder)
+    return folder / "tokenizer.json"

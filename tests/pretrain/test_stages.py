@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import fake_shards
+from fixtures import fake_shards, tokenizer
 from shrunken import ROWS, sample, small
 
 from opt.checkpoint import from_pretrained, read_history
 from opt.config import UserError
+from opt.data.tokenizer import Tokenizer
 from opt.recipe import LoopConfig
 from opt.systems.system import load
 from pretrain.stages import StagesConfig, stages
@@ -24,6 +25,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake_shards(folder / "pictures", [dataclasses.replace(each, caption=None, speech=None, speech_codes=None)
                                       for each in SAMPLES])
     return folder
+
+
+def vocabulary(folder: Path) -> Path:
+    tokenizer().save(folder)
+    return folder / "tokenizer.json"
 
 
 def config(shards: Path, out: Path, system: str = "vlmo.tiny", **changes: object) -> StagesConfig:
@@ -73,8 +79,41 @@ def test_order_and_number_of_stages_can_be_others(shards: Path, tmp_path: Path) 
     ({"data": ("hearing=here",)}, "NAME one of vision, language, pairs"),
     ({"data": ("vision",)}, "NAME=FOLDER"),
     ({"system": "clip.tiny"}, "opt pretrain; in several are .*vlmo.tiny"),
+    ({"data": ("pairs=absent",)}, "absent is not a folder"),
 ])
 def test_what_cannot_be_is_said(changes: dict, said: str, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         stages(config(shards, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_lacks_all_that_a_stage_shows_is_said_before_it_is_trained(shards: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    fake_shards(texts, [sample(number, image=False, speech=False) for number in range(ROWS)])
+    for name, lacking in (("vision", texts), ("language", shards / "pictures")):
+        out = tmp_path / name
+        with pytest.raises(UserError, match=f"{lacking.name} holds nothing that vlmo.tiny reads in this stage"):
+            stages(config(shards, out, order=(name,), data=(f"{name}={lacking}",), vocabulary=vocabulary(tmp_path)))
+        assert not out.exists()
+
+
+def test_another_order_is_refused_before_anything_is_trained(trained: Path, shards: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds the stage 1-vision, and this order is 1-language, 2-vision, 3-pairs"):
+        stages(config(shards, trained, order=("language", "vision", "pairs")))
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_leaves_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages(config(shards, tmp_path / "out", dry_run=True))
+    assert "the stages behind vision" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_words_of_a_call_that_trained_nothing_are_not_those_of_the_next(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "words").mkdir(parents=True)
+    Tokenizer.train(["other words"] * 4, 40).save(out / "words")
+    stages(config(shards, out, order=("language",)))
+    assert "star" in (out / "words" / "tokenizer.json").read_text()
+    kept = from_pretrained(out / "1-language" / "model").tokenizer.fingerprint
+    assert kept == Tokenizer.load(out / "words").fingerprint
