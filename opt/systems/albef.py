@@ -31,8 +31,7 @@ from opt.data.pixels import Sight
 from opt.data.record import Lengths
 from opt.data.tokenizer import Tokenizer
 from opt.distributed import rank
-from opt.nn.block import Stack
-from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
+from opt.nn.embed import TextEmbedder
 from opt.nn.heads import Projection, TokenHead
 from opt.nn.init import by_width
 from opt.nn.momentum import Twin
@@ -42,14 +41,12 @@ from opt.objectives.masked import token_cross_entropy
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.shared.asking import Answering, asked
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
+from opt.systems.shared.encoders import TEXT_EPSILON, bert, towers
 from opt.systems.shared.matching import CONTEXTS, contexts, draw_contexts, odds, pair_up, usable
 from opt.systems.shared.momentum import MomentumContrast
 from opt.systems.shared.rows import Asked, TowerRow, TowerRows
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import DataFacts, Output, Preset, Progress
-
-TEXT_EPSILON, VISION_EPSILON = 1e-12, 1e-6
-"""Added to the variance in norms: BERT's, and ViT's."""
 
 
 @dataclass(frozen=True)
@@ -167,22 +164,12 @@ class Encoders(nn.Module):
     def __init__(self, config: ALBEFConfig, words: int, speech_width: int) -> None:
         super().__init__()
         text, image, audio = config.text, config.image, config.audio
-        self.towers = nn.ModuleDict({
-            "text": Tower(TextEmbedder(words, config.text_positions, text.width, config.dropout, TEXT_EPSILON),
-                          _bert(config, text.layers)),
-            "image": Tower(PatchEmbedder(config.sight, image.width, epsilon=VISION_EPSILON), _vision(image)),
-        })
-        project = {"text": text.width, "image": image.width}
-        if config.hears:
-            frames = FrameEmbedder(max(speech_width, 1), config.frame_positions, audio.width, 0.0, VISION_EPSILON,
-                                   first=True, masks=False)
-            self.towers["audio"] = Tower(frames, _vision(audio))
-            project["audio"] = image.width
+        self.towers = towers(config, words, speech_width)
         widen = config.hears and audio.width != image.width
         self.widen = nn.Linear(audio.width, image.width) if widen else nn.Identity()
-        self.project = nn.ModuleDict({name: Projection(width, config.space, bias=True)
-                                      for name, width in project.items()})
-        self.fusion = _bert(config, config.fusion_layers, cross=True)
+        width = dict.fromkeys(self.towers, image.width) | {"text": text.width}
+        self.project = nn.ModuleDict({name: Projection(width[name], config.space, bias=True) for name in self.towers})
+        self.fusion = bert(config, config.fusion_layers, cross=True)
         self.word_head = TokenHead(text.width, words, TEXT_EPSILON)
 
     def encode(self, modality: str, batch: Batch) -> States:
@@ -311,13 +298,3 @@ def _sequences(states: Mapping[str, States], batch: Batch) -> tuple[States, Stat
     text, count = states["text"], int(usable(batch).sum())
     hidden = text.take(np.arange(len(text) - count, len(text)))
     return text.take(batch.host["rows"][:, 0]), hidden, contexts(states, batch)
-
-
-def _bert(config: ALBEFConfig, layers: int, cross: bool = False) -> Stack:
-    sizes = config.text
-    return Stack(layers, sizes.width, sizes.heads, sizes.inner, config.dropout, post_norm=True, cross=cross,
-                 epsilon=TEXT_EPSILON, context_width=config.image.width)
-
-
-def _vision(sizes: Sizes) -> Stack:
-    return Stack(sizes.layers, sizes.width, sizes.heads, sizes.inner, 0.0, epsilon=VISION_EPSILON)

@@ -30,8 +30,7 @@ from opt.data.pixels import Sight
 from opt.data.record import Lengths, Sample
 from opt.data.tokenizer import Tokenizer
 from opt.distributed import rank
-from opt.nn.block import Stack
-from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
+from opt.nn.embed import TextEmbedder
 from opt.nn.heads import Projection, TokenHead
 from opt.nn.init import by_width
 from opt.nn.momentum import Twin
@@ -44,13 +43,12 @@ from opt.objectives.term import Term
 from opt.recipe import LoopConfig, OptimConfig
 from opt.systems.shared.codes import codes_of, require_codes
 from opt.systems.shared.config import TINY, TINY_SIGHT, Sizes, require
+from opt.systems.shared.encoders import TEXT_EPSILON, towers
 from opt.systems.shared.momentum import Compared, MomentumContrast, both
 from opt.systems.shared.rows import Asked, TowerRow, TowerRows
 from opt.systems.shared.towers import TowerSystem
 from opt.systems.system import DataFacts, Output, Preset, Progress
 
-TEXT_EPSILON, VISION_EPSILON = 1e-12, 1e-6
-"""Added to the variance in norms: BERT's, and ViT's."""
 HIDDEN = {"cmlm": "text", "cmvm": "image"}
 """Terms of the token level, and what they hide."""
 
@@ -198,18 +196,7 @@ class Streams(nn.Module):
 
     def __init__(self, config: COTSConfig, words: int, speech_width: int) -> None:
         super().__init__()
-        text, image, audio = config.text, config.image, config.audio
-        self.towers = nn.ModuleDict({
-            "text": Tower(TextEmbedder(words, config.text_positions, text.width, config.dropout, TEXT_EPSILON),
-                          Stack(text.layers, text.width, text.heads, text.inner, config.dropout, post_norm=True,
-                                epsilon=TEXT_EPSILON)),
-            "image": Tower(PatchEmbedder(config.sight, image.width, epsilon=VISION_EPSILON,
-                                         masks=config.token_weight > 0), _vision(image)),
-        })
-        if config.hears:
-            frames = FrameEmbedder(max(speech_width, 1), config.frame_positions, audio.width, 0.0, VISION_EPSILON,
-                                   first=True, masks=False)
-            self.towers["audio"] = Tower(frames, _vision(audio))
+        self.towers = towers(config, words, speech_width, masks=config.token_weight > 0)
         self.project = nn.ModuleDict({name: Projection(getattr(config, name).width, config.space, bias=True)
                                       for name in self.towers})
 
@@ -340,7 +327,3 @@ class COTS(TowerSystem):
         logits_MV = self.heads[term](embedding(target.index, masked.hidden), first, batch.extra[f"beside_{term}"],
                                      table_VD)
         return token_cross_entropy(logits_MV, target.label, batch.counts[term], weight=self.config.token_weight)
-
-
-def _vision(sizes: Sizes) -> Stack:
-    return Stack(sizes.layers, sizes.width, sizes.heads, sizes.inner, 0.0, epsilon=VISION_EPSILON)

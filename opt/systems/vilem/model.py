@@ -26,13 +26,14 @@ from opt.nn.states import ABSENT, States
 from opt.objectives.correction import averaged, correction, detection, draw_edits
 from opt.objectives.masked import token_cross_entropy
 from opt.objectives.term import Term
+from opt.systems.shared.encoders import TEXT_EPSILON
 from opt.systems.shared.matching import CONTEXTS, usable
 from opt.systems.shared.momentum import MomentumContrast
 from opt.systems.shared.proofreading import Edit, Word, as_words
 from opt.systems.shared.towers import TowerSystem
 from opt.systems.system import DataFacts, Output, Progress
 from opt.systems.vilem.config import ViLEMConfig
-from opt.systems.vilem.networks import TEXT_EPSILON, Encoders, Gist, Looks, Seen, word_places
+from opt.systems.vilem.networks import Encoders, Gist, Looks, Seen, word_places
 from opt.systems.vilem.rows import Rows
 
 

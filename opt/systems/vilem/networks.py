@@ -20,19 +20,15 @@ from torch.nn.functional import embedding
 
 from opt.data.batch import Batch, TextTable, View, moved
 from opt.data.layout import AttentionLayout, cross_layout, ranges
-from opt.nn.block import Stack
 from opt.nn.compiled import uncompiled
-from opt.nn.embed import FrameEmbedder, PatchEmbedder, TextEmbedder
+from opt.nn.embed import TextEmbedder
 from opt.nn.heads import Projection, TokenHead
 from opt.nn.states import ABSENT, States
 from opt.nn.towers import Tower
-from opt.systems.shared.config import Sizes
+from opt.systems.shared.encoders import TEXT_EPSILON, bert, towers
 from opt.systems.shared.matching import CONTEXTS
 from opt.systems.shared.momentum import by_row
 from opt.systems.vilem.config import ViLEMConfig
-
-TEXT_EPSILON, VISION_EPSILON = 1e-12, 1e-6
-"""Added to the variance in norms: BERT's, and ViT's."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +76,12 @@ class Encoders(nn.Module):
         super().__init__()
         text, image, audio, edits = config.text, config.image, config.audio, config.edits != "none"
         self.levels = text.layers
-        self.towers = nn.ModuleDict({
-            "text": Tower(TextEmbedder(words, config.text_positions, text.width, config.dropout, TEXT_EPSILON),
-                          _bert(config, text.layers, cross=edits)),
-            "image": Tower(PatchEmbedder(config.sight, image.width, epsilon=VISION_EPSILON), _vision(image)),
-        })
-        self.upper = _bert(config, config.upper_layers)
-        project = {"text": text.width, "image": image.width}
-        if config.hears:
-            frames = FrameEmbedder(max(speech_width, 1), config.frame_positions, audio.width, 0.0, VISION_EPSILON,
-                                   first=True, masks=False)
-            self.towers["audio"] = Tower(frames, _vision(audio))
-            project["audio"] = image.width
+        self.towers = towers(config, words, speech_width, bert(config, text.layers, cross=edits))
+        self.upper = bert(config, config.upper_layers)
         widen = config.hears and audio.width != image.width
         self.widen = nn.Linear(audio.width, image.width) if widen else nn.Identity()
-        self.project = nn.ModuleDict({name: Projection(width, config.space, bias=True)
-                                      for name, width in project.items()})
+        width = dict.fromkeys(self.towers, image.width) | {"text": text.width}
+        self.project = nn.ModuleDict({name: Projection(width[name], config.space, bias=True) for name in self.towers})
         if edits:
             self.detect = nn.Linear(text.width, 2)
             self.word_head = TokenHead(text.width, words, TEXT_EPSILON)
@@ -171,13 +157,3 @@ class Gist(nn.Module):
 def word_places(lengths: np.ndarray) -> np.ndarray:
     """Flat places of the words of texts of `lengths`, [CLS] and [SEP] left out."""
     return ranges(np.cumsum(lengths) - lengths + 1, lengths - 2)
-
-
-def _bert(config: ViLEMConfig, layers: int, cross: bool = False) -> Stack:
-    sizes = config.text
-    return Stack(layers, sizes.width, sizes.heads, sizes.inner, config.dropout, post_norm=True, cross=cross,
-                 epsilon=TEXT_EPSILON, context_width=config.image.width)
-
-
-def _vision(sizes: Sizes) -> Stack:
-    return Stack(sizes.layers, sizes.width, sizes.heads, sizes.inner, 0.0, epsilon=VISION_EPSILON)
