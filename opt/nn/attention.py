@@ -147,8 +147,8 @@ def _attend_by_products(query_bHLd: Tensor, key_bHLd: Tensor, value_bHLd: Tensor
     scores_bHLL = (query_bHLd * query_bHLd.shape[-1] ** -0.5) @ key_bHLd.transpose(-1, -2)
     if causal:
         mask = torch.ones(scores_bHLL.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None and mask.dtype != torch.bool:
-        scores_bHLL = scores_bHLL + mask
+    if mask is not None and mask.dtype != torch.bool:  # in place, as below: products need not know what they gave
+        scores_bHLL += mask
     elif mask is not None:  # added in place: nothing is copied, and the backward pass need not know of it
         scores_bHLL += torch.zeros(mask.shape, dtype=scores_bHLL.dtype).masked_fill_(~mask, float("-inf"))
     return scores_bHLL.softmax(dim=-1) @ value_bHLd

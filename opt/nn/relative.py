@@ -61,15 +61,16 @@ class RelativePositions(nn.Module):
             biases = []
             for pair_uLL, real_uL, alike_b in pairs:
                 found_uHLL = table_HR.index_select(1, pair_uLL.flatten()).unflatten(1, pair_uLL.shape).transpose(0, 1)
-                found_uHLL = found_uHLL.masked_fill(~real_uL[:, None, None, :], float("-inf"))
-                biases.append(found_uHLL if len(found_uHLL) == 1 else found_uHLL.index_select(0, alike_b))
+                if real_uL is not None:
+                    found_uHLL = found_uHLL.masked_fill(~real_uL[:, None, None, :], float("-inf"))
+                biases.append(found_uHLL if alike_b is None else found_uHLL.index_select(0, alike_b))
             return biases
 
         return bias
 
-    def _pairs_of(self, view: View, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the unlike sequences of a bucket the rows of the table (u, L, L), and which places are no padding (u, L);
-        and which of them each sequence is (b,)."""
+    def _pairs_of(self, view: View, bucket: Bucket) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the unlike sequences of a bucket the rows of the table (u, L, L), and which places are no padding (u, L),
+        None where all are none; and which of them each sequence is (b,), None where there is one or all are unlike."""
         first_u, alike_b = unlike(view, bucket)
         place_uL = np.zeros((max(len(first_u), 1), bucket.queries), np.int64)
         real_uL = np.full(place_uL.shape, not len(first_u))
@@ -79,7 +80,9 @@ class RelativePositions(nn.Module):
             place_uL[row, :length] = self._places(view.tables[starts[one] : starts[one] + length])
             real_uL[row, :length] = True
         place, real, alike = (torch.from_numpy(each).to(self.pair.device) for each in (place_uL, real_uL, alike_b))
-        return self.pair[place[:, :, None], place[:, None, :]], real, alike
+        each_its_own = len(place) == 1 or np.array_equal(alike_b, np.arange(len(place)))
+        return (self.pair[place[:, :, None], place[:, None, :]], None if real_uL.all() else real,
+                None if each_its_own else alike)
 
     def _places(self, table_L: np.ndarray) -> np.ndarray:
         """Where each token of a sequence stands within its part, counted from `starts` of its modality: (L,)."""
@@ -138,8 +141,9 @@ def unlike(view: View, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
     starts, tables = np.cumsum(view.lengths) - view.lengths, view.tables[: int(view.lengths.sum())]
     parts_SM = np.stack([np.add.reduceat(tables == table, starts) for table in MODALITY], axis=1)
     _, first, alike = np.unique(parts_SM[members], axis=0, return_index=True, return_inverse=True)
-    alike_b[real_b] = alike.reshape(-1)
-    return members[first], alike_b
+    order = np.argsort(first)  # as they come: where all are unlike, each is its own
+    alike_b[real_b] = np.argsort(order)[alike.reshape(-1)]
+    return members[first[order]], alike_b
 
 
 def prefix(writes_N: Tensor, layout: AttentionLayout) -> Bias:
