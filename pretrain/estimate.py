@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from opt.data.batch import Batch
 from opt.data.layout import AttentionLayout
 from opt.nn.attention import Attention
+from opt.nn.multiway import MultiwayAttention
 from opt.systems.system import Progress, System, build
 
 DENSE_BFLOAT16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -64,11 +66,16 @@ def work(system: System, batch: Batch, bfloat16: bool, device: torch.device) -> 
     processes, and no other process needs to take part. A forward whose shapes depend on values, as where hard negatives
     are picked, has no fake, nor has a system that copies its own parts: there the twin is a real one.
     """
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    before = told.level
     try:
+        told.setLevel(logging.CRITICAL + 1)  # what a fake cannot do is no news
         with warnings.catch_warnings(action="ignore"):  # of copies of fakes
             return _counted(system, batch, bfloat16, device, FakeTensorMode())
     except (DataDependentOutputException, RuntimeError):  # what a fake cannot do is said in many ways
         return _counted(system, batch, bfloat16, device, None)
+    finally:
+        told.setLevel(before)
 
 
 def _counted(
@@ -86,7 +93,7 @@ def _counted(
         for tensor in [*twin.parameters(), *twin.buffers()]:
             counter.weights.add(tensor)
         for module in twin.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | MultiwayAttention):
                 module.register_forward_pre_hook(counter.enter_attention)
                 module.register_forward_hook(counter.leave_attention, with_kwargs=True)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor))

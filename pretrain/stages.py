@@ -116,14 +116,16 @@ def _began(out: Path) -> bool:
     return newest_state(out / "checkpoints") is not None
 
 
-def _words(config: StagesConfig, readers: list[ShardReader], folder: Path, began: bool) -> Path:
+def _words(config: StagesConfig, readers: list[ShardReader], folder: Path, began: bool) -> Path | None:
     """Words trained once on the captions of all stages: the first stage may have none, and all must have the same.
 
-    began: the first stage has them. Until then they are made anew, as shards and settings may be others.
+    began: the first stage has them, or those of a --start that is missing now: None. Until then they are made anew, as
+    shards and settings may be others.
     """
+    path = folder / "tokenizer.json"
     if not began:
         captions = (caption for reader in readers for caption in reader.captions())
         tokenizer = Tokenizer.train(captions, config.vocabulary_size)
         make_folder(folder)
         tokenizer.save(folder)
-    return folder / "tokenizer.json"
+    return path if path.exists() else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shrunken
 import torch
 from fixtures import FACTS, fake_sample, tokenizer
 from PIL import Image
@@ -17,6 +18,7 @@ from opt.systems.dvae import DVAE, DVAEConfig
 from opt.systems.opt import OPT, tiny
 from opt.systems.shared.tuning import Tuning
 from opt.systems.system import Progress
+from opt.systems.vlmo.config import VISION
 from pretrain.estimate import (
     _control_groups,
     available,
@@ -100,6 +102,23 @@ def test_shapes_that_depend_on_values_are_counted_by_a_real_forward():
     assert found.flops > 1.3 * less.flops and found.activation_bytes > 1.3 * less.activation_bytes
     assert torch.equal(before, torch.random.get_rng_state())
     assert found.activation_bytes == pytest.approx(saved_by_a_real_step(hard, batch, False), rel=0.02)
+
+
+def test_what_no_fake_can_do_is_no_news(caplog: pytest.LogCaptureFixture):
+    system = shrunken.made("albef.tiny")  # copies its own parts
+    assert work(system, shrunken.batch_of(system), False, CPU).flops > 0 and not caplog.records
+
+
+def test_attention_of_experts_counts_real_pairs_as_all_attention():
+    """The same lengths, one expert or several: as many operations, but for what the heads are asked."""
+    one, several = (shrunken.made("vlmo.tiny", experts=experts, stage=VISION, positions="absolute")
+                    for experts in (False, True))
+    found, wanted = (work(each, shrunken.batch_of(each), False, CPU) for each in (several, one))
+    view = shrunken.batch_of(one).views["encoder"]
+    attention = 3 * 2 * 4 * 16 * view.layout.pairs  # forward and backward, layers, 4 D for each pair
+    linear = 3 * 2 * 2 * int(view.lengths.sum()) * (4 * 16 * 16 + 2 * 16 * 32)
+    assert found.flops == pytest.approx(wanted.flops, rel=1e-6)
+    assert 0.9 * (attention + linear) < found.flops < 1.3 * (attention + linear)
 
 
 def test_filler_costs_bytes_but_is_no_work():

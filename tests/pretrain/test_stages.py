@@ -104,6 +104,13 @@ def test_another_order_is_refused_before_anything_is_trained(trained: Path, shar
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
+def test_a_forgotten_start_is_named(trained: Path, shards: Path, tmp_path: Path) -> None:
+    start = (f"model:{trained / '3-pairs' / 'model'}",)
+    stages(config(shards, tmp_path, order=("language",), start=start))
+    with pytest.raises(UserError, match="began with other weights than --start names now"):
+        stages(config(shards, tmp_path, order=("language",)))
+
+
 def test_a_dry_run_leaves_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages(config(shards, tmp_path / "out", dry_run=True))
     assert "the stages behind vision" in capsys.readouterr().out and not (tmp_path / "out").exists()
