@@ -84,7 +84,7 @@ class Experts(nn.Module):
     def forward(self, hidden_ND: Tensor, route: Route) -> Tensor:
         """Tokens in the order of the route. In training an expert without tokens runs on none, so that all of its
         parameters have a gradient."""
-        if len(self.each) == 1:
+        if len(self.each) == 1 or not (len(hidden_ND) or torch.is_grad_enabled()):
             return cast(Tensor, next(iter(self.each.values()))(hidden_ND))
         ends = np.cumsum(route.sizes)
         outputs: list[Tensor | None] = [None] * len(route.sizes)

@@ -118,6 +118,13 @@ def test_idle_experts_have_gradients_of_zero() -> None:
     assert idle and all(gradient is not None and not gradient.any() for gradient in idle)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_sequences_are_no_states(training: bool) -> None:
+    none = States(torch.zeros(0, WIDTH), np.zeros(0, np.int64))
+    with torch.set_grad_enabled(training):
+        assert stack(everything=True, inner_norm=True)(*side_by_side([none], [PATCH])).shape == (0, WIDTH)
+
+
 def test_all_tokens_can_be_taken_for_fused_ones() -> None:
     made, (entries, view) = stack(), sequences()
     route = Route.of(view)
