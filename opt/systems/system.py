@@ -47,7 +47,7 @@ class Preset:
     """Largest vocabulary trained on the captions, where none is given."""
     stages: tuple[Stage, ...] = ()
     """In which order it is trained in stages (`opt stages`), where that is how; the model's configuration then has a
-    `stage`, which is the last of them."""
+    `stage`, which says what one run by itself asks."""
 
 
 @dataclass(frozen=True)
